@@ -1,0 +1,112 @@
+"""What runs on the nodes: one task per rank, and what a signal does to it.
+
+Slurm announces the end of a job by a signal: SIGUSR2 some time before the time limit (and at a preemption where the
+site sets `PreemptParameters=send_user_signal` and a `GraceTime`), SIGTERM at `scancel` and at other preemptions. The
+handler only sets a flag. The training loop asks for the flag, agrees on it with all ranks at a step boundary, saves
+together with them and returns; only then does rank 0 put the job back into the queue, with submitit's own handler.
+submitit by itself would requeue inside the signal handler of rank 0 while the other ranks go on.
+
+After SIGTERM alone the job is saved but does not requeue itself: a job that its owner cancelled must stay cancelled,
+and after a preemption with `PreemptMode=REQUEUE` Slurm requeues it.
+
+Slurm signals every process of a job step, not ranks only: child processes that training starts must ignore SIGUSR2.
+
+Run so far: with submitit's local executor (real training on two processes, real signals, gloo). Not yet run on a
+real Slurm: several nodes, the requeue through `scontrol`, which signals a preemption sends, and Slurm's own requeue
+of a job that ends within its `GraceTime`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from submitit.core.job_environment import JobEnvironment
+from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+
+from dataloaders.errors import UserError
+
+if TYPE_CHECKING:
+    from rev2net.config import Config
+
+StopRequested = Callable[[], bool]
+Work = Callable[[StopRequested], bool]
+"""Called on every rank with `stop_requested`; True = finished, False = saved and stopped early, on all ranks alike."""
+
+
+class StopFlag:
+    """A signal handler that does nothing but remember which signals came."""
+
+    def __init__(self) -> None:
+        self.received: set[int] = set()
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        """The handler."""
+        self.received.add(signum)
+
+    def raised(self) -> bool:
+        """Whether any signal came: `stop_requested` of the training loop."""
+        return bool(self.received)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainWork:
+    """Training of one configuration, which travels with the job: later edits of its file change nothing."""
+
+    config: Config
+
+    def __call__(self, stop_requested: StopRequested) -> bool:
+        """Train until the end or until a stop is requested on any rank."""
+        from rev2net.train import train
+
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
+        if os.environ["RANK"] == "0":
+            for package in ("rev2net", "dataloaders"):
+                logging.getLogger(package).setLevel(logging.INFO)
+        return train(self.config, stop_requested=stop_requested).finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """The callable that submitit runs in each process of the job."""
+
+    work: Work
+
+    def __call__(self) -> None:
+        """Run the work as one rank of torch.distributed's `env://`; requeue the job when it stopped early.
+
+        Raises:
+            SystemExit: stopped early, or a user's mistake, which is one sentence on stderr. No result is written
+                then, so that submitit does not take the job for done.
+        """
+        announced = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
+        requeue = signal.getsignal(announced)  # submitit's handler, called below when all ranks have saved.
+        flag = StopFlag()
+        for signum in (announced, signal.SIGTERM):
+            signal.signal(signum, flag)
+        environment = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        if os.environ["SUBMITIT_EXECUTOR"] == "local":
+            os.environ["MASTER_ADDR"] = "127.0.0.1"  # A laptop's own host name often does not resolve.
+        try:
+            finished = self.work(flag.raised)
+        except UserError as error:
+            sys.exit(f"rev2net-cluster: {error}")
+        if finished:
+            return
+        if environment.rank != 0:
+            sys.exit(0)  # Not an error code: it would make srun kill rank 0 before it has requeued the job.
+        if flag.received == {signal.SIGTERM}:
+            print("stopped by SIGTERM: the state is saved, the job does not requeue itself", flush=True)
+            sys.exit(128 + signal.SIGTERM)
+        assert callable(requeue)
+        requeue(announced, None)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """submitit's hook at a requeue: the same task again (the state lies in the run's checkpoints)."""
+        return DelayedSubmission(self)

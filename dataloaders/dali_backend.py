@@ -1,0 +1,242 @@
+"""Clips by NVIDIA DALI: on a GPU (NVDEC, resize and flip there) or, for VP9, on the CPU.
+
+There is one graph. The GPU's differs from the CPU's in two words, `mixed` for the decoders and `gpu` for what follows;
+what a clip is comes in as data, so nothing random happens inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nvidia.dali import Pipeline, fn, types
+from torch.utils.dlpack import from_dlpack
+
+from dataloaders.batch import ClipRequest, RawClips
+from dataloaders.errors import DecodeError, UserError
+from dataloaders.plan import flow_crop
+
+CPU_CODECS = ("vp8", "vp9", "mjpeg")
+"""What `decoders.video` decodes without a GPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceWords:
+    """Where the decoders and the other operators of the graph run."""
+
+    decoder: str
+    operator: str
+
+
+ON_CPU = DeviceWords(decoder="cpu", operator="cpu")
+ON_GPU = DeviceWords(decoder="mixed", operator="gpu")
+
+
+def check_codec(codec: str, device: torch.device) -> None:
+    """Raise UserError where DALI cannot decode this codec on this device."""
+    if device.type != "cuda" and codec not in CPU_CODECS:
+        raise UserError(
+            f"DALI decodes {codec} on a GPU only, and the loader's device is {device}; prepare the data set with "
+            "--codec vp9 or set loader.backend=pyav"
+        )
+
+
+def clip_pipeline(
+    *, words: DeviceWords, device_id: int | None, batch: int, threads: int, size: tuple[int, int], with_flow: bool
+) -> Pipeline:
+    """The graph, not yet built; its outputs are frames and, with flow, the planes of u and v.
+
+    Args:
+        size: height and width of the clips.
+    """
+    pipeline = Pipeline(
+        batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=1, seed=0
+    )
+    with pipeline:
+        flip = _input("flip", types.INT32, 0)
+        frames = _cut(_decoded("rgb", words), "crop", flip, words, size)
+        outputs = [frames]
+        if with_flow:
+            # Full-range flow with chroma 128 decodes to R = G = B = code; channel 0 is taken.
+            stacked = _decoded("flow", words)
+            outputs += [_cut(stacked, plane, flip, words, size) for plane in ("u", "v")]
+        pipeline.set_outputs(*outputs)
+    return pipeline
+
+
+def _input(name: str, dtype: Any, ndim: int) -> Any:
+    return fn.external_source(name=name, dtype=dtype, ndim=ndim, device="cpu")
+
+
+def _decoded(name: str, words: DeviceWords) -> Any:
+    return fn.decoders.video(
+        _input(name, types.UINT8, 1),
+        name=f"{name}_decoder",
+        device=words.decoder,
+        frames=_input(f"{name}_frames", types.INT32, 1),
+        pad_mode="none",
+    )
+
+
+def _cut(video: Any, name: str, flip: Any, words: DeviceWords, size: tuple[int, int]) -> Any:
+    """Crop by the inputs `{name}_start` and `{name}_shape` (rows, columns, channels), resize, flip."""
+    cut = fn.slice(
+        video,
+        start=_input(f"{name}_start", types.INT32, 1),
+        shape=_input(f"{name}_shape", types.INT32, 1),
+        axis_names="HWC",
+        name=f"{name}_slice",
+        device=words.operator,
+    )
+    resized = fn.resize(
+        cut,
+        size=list(size),
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+        name=f"{name}_resize",
+        device=words.operator,
+    )
+    return fn.flip(resized, horizontal=flip, vertical=0, name=f"{name}_flip", device=words.operator)
+
+
+class DALIBackend:
+    """One DALI pipeline; to be called from one thread at a time.
+
+    Args:
+        batch: most clips in one call.
+        threads: DALI's own threads; on a GPU each decodes one clip at a time.
+    """
+
+    def __init__(
+        self, *, device: torch.device, batch: int, threads: int, size: tuple[int, int], with_flow: bool
+    ) -> None:
+        self._device = device
+        self._batch = batch
+        self._threads = max(1, threads)
+        self._size = size
+        self._with_flow = with_flow
+        on_gpu = device.type == "cuda"
+        self._words = ON_GPU if on_gpu else ON_CPU
+        self._device_id = (device.index or 0) if on_gpu else None
+        self._pipeline = self._fresh()
+        self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def _fresh(self) -> Any:
+        pipeline = clip_pipeline(
+            words=self._words,
+            device_id=self._device_id,
+            batch=self._batch,
+            threads=self._threads,
+            size=self._size,
+            with_flow=self._with_flow,
+        )
+        pipeline.build()
+        return pipeline
+
+    def decode(self, requests: Sequence[ClipRequest]) -> RawClips:
+        """See dataloaders.batch.Backend; a failing batch is decoded again clip by clip to find the culprit."""
+        try:
+            return self._run(requests)
+        except DecodeError:
+            raise
+        except RuntimeError as error:
+            # After an error DALI calls the pipeline "no longer valid".
+            self._pipeline = self._fresh()
+            culprit = self._find_culprit(requests)
+            if culprit is None:
+                raise RuntimeError(f"DALI decodes these clips one by one but not together: {error}") from error
+            raise culprit from error
+
+    def _find_culprit(self, requests: Sequence[ClipRequest]) -> DecodeError | None:
+        for request in requests:
+            try:
+                self._run([request])
+            except RuntimeError as error:
+                self._pipeline = self._fresh()
+                return DecodeError(request.key, _reason(error))
+        return None
+
+    def _run(self, requests: Sequence[ClipRequest]) -> RawClips:
+        outputs = self._pipeline.run(**_feeds(requests, with_flow=self._with_flow))
+        tensors = [self._tensor(output) for output in outputs]
+        return RawClips(
+            frames=tensors[0], flow=torch.cat(tensors[1:], dim=-1) if self._with_flow else None
+        )
+
+    def _tensor(self, output: Any) -> torch.Tensor:
+        """A torch tensor on the same device; copied there, since DALI may use its memory again."""
+        if self._stream is None:
+            return torch.from_numpy(np.array(output.as_array()))
+        with torch.cuda.stream(self._stream):
+            tensor = from_dlpack(output.as_tensor()).clone()
+        self._stream.synchronize()
+        return tensor
+
+    def close(self) -> None:
+        """Free the pipeline and its threads."""
+        self._pipeline = None
+
+
+class DecoderOnly:
+    """DALI's decoder without what follows; its own speed, for `bench`."""
+
+    def __init__(self, *, device: torch.device, batch: int, threads: int, with_flow: bool) -> None:
+        on_gpu = device.type == "cuda"
+        words = ON_GPU if on_gpu else ON_CPU
+        self._names = ["rgb", "flow"] if with_flow else ["rgb"]
+        self._pipeline = Pipeline(
+            batch_size=batch,
+            num_threads=max(1, threads),
+            device_id=(device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=1,
+        )
+        with self._pipeline:
+            self._pipeline.set_outputs(*(_decoded(name, words) for name in self._names))
+        self._pipeline.build()
+
+    def decode(self, requests: Sequence[ClipRequest]) -> int:
+        """Decode the clips' frames and drop them; the number of clips."""
+        feeds = _feeds(requests, with_flow=len(self._names) == 2)
+        names = {f"{name}{end}" for name in self._names for end in ("", "_frames")}
+        self._pipeline.run(**{name: feed for name, feed in feeds.items() if name in names})
+        return len(requests)
+
+
+def _feeds(requests: Sequence[ClipRequest], *, with_flow: bool) -> dict[str, list[npt.NDArray[Any]]]:
+    """The graph's inputs by name, one array per clip."""
+    feeds: dict[str, list[npt.NDArray[Any]]] = {
+        "rgb": [np.frombuffer(request.rgb, np.uint8) for request in requests],
+        "rgb_frames": [_ints(request.plan.frames) for request in requests],
+        "crop_start": [_ints((*request.plan.crop[:2], 0)) for request in requests],
+        "crop_shape": [_ints((*request.plan.crop[2:], 3)) for request in requests],
+        "flip": [np.array(request.plan.flip, np.int32) for request in requests],
+    }
+    if not with_flow:
+        return feeds
+    for name in ("flow", "flow_frames", "u_start", "u_shape", "v_start", "v_shape"):
+        feeds[name] = []
+    for request in requests:
+        if request.flow is None or request.info.flow_height is None:
+            raise DecodeError(request.key, "has no flow video")
+        top, left, height, width = flow_crop(request.info, request.plan.crop)
+        feeds["flow"].append(np.frombuffer(request.flow, np.uint8))
+        feeds["flow_frames"].append(_ints(request.plan.flow_frames))
+        feeds["u_start"].append(_ints((top, left, 0)))
+        feeds["v_start"].append(_ints((top + request.info.flow_height, left, 0)))
+        for plane in ("u", "v"):
+            feeds[f"{plane}_shape"].append(_ints((height, width, 1)))
+    return feeds
+
+
+def _ints(values: Sequence[int]) -> npt.NDArray[np.int32]:
+    return np.asarray(values, np.int32)
+
+
+def _reason(error: RuntimeError) -> str:
+    """DALI's message without its account of where in the graph it happened."""
+    message = str(error).rpartition("encountered:")[2].partition("C++ context")[0]
+    return " ".join(message.split()) or str(error)

@@ -1,0 +1,182 @@
+"""Lanes: the threads that decode ahead of the consumer, and the choice of what decodes on them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+import torch
+
+from dataloaders.batch import Backend
+from dataloaders.errors import UserError
+from dataloaders.plan import ClipShape
+from dataloaders.shards import DataSet, ShardReader
+
+BackendName = Literal["auto", "dali", "pyav"]
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
+
+_MAX_OPEN_SHARDS = 256
+_MAX_OPEN_ENTRIES = 100_000
+"""About 15 MB of index lines. Small shards are many and cheap to open again, large ones are few."""
+
+
+class Lane:
+    """A backend and its open shards; used by one thread at a time."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._readers: OrderedDict[Path, ShardReader] = OrderedDict()
+        self._entries = 0
+
+    def reader(self, path: Path) -> ShardReader:
+        """The shard's reader; those used longest ago are closed."""
+        reader = self._readers.get(path)
+        if reader is None:
+            reader = ShardReader(path)
+            self._readers[path] = reader
+            self._entries += len(reader)
+        self._readers.move_to_end(path)
+        while len(self._readers) > 1 and (
+            len(self._readers) > _MAX_OPEN_SHARDS or self._entries > _MAX_OPEN_ENTRIES
+        ):
+            _, oldest = self._readers.popitem(last=False)
+            self._entries -= len(oldest)
+            oldest.close()
+        return reader
+
+    def close(self) -> None:
+        """Close the shards and the backend."""
+        self.backend.close()
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+        self._entries = 0
+
+
+class Ahead(Generic[Task, Result]):
+    """Iterator over `work(lane, task)` for all tasks in order, with up to `ahead` of them under way.
+
+    Task i runs on lane i mod len(lanes). An exception in a lane is raised where its result would come. The threads
+    belong to concurrent.futures, so that the interpreter ends with the tasks in hand also without `close`.
+    """
+
+    def __init__(
+        self, lanes: Sequence[Lane], work: Callable[[Lane, Task], Result], tasks: Iterable[Task], ahead: int
+    ) -> None:
+        self._lanes = lanes
+        self._work = work
+        self._tasks = iter(tasks)
+        self._ahead = max(1, ahead)
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"lane-{i}") for i in range(len(lanes))]
+        self._under_way: deque[Future[Result]] = deque()
+        self._started = 0
+        self._closed = False
+        self.wait_seconds = 0.0
+
+    def __iter__(self) -> Iterator[Result]:
+        return self
+
+    def __next__(self) -> Result:
+        if self._closed:
+            raise StopIteration
+        self._fill()
+        if not self._under_way:
+            self.close()
+            raise StopIteration
+        begin = time.perf_counter()
+        try:
+            result = self._under_way[0].result()
+        except BaseException:
+            self.close()
+            raise
+        self.wait_seconds += time.perf_counter() - begin
+        self._under_way.popleft()
+        self._fill()
+        return result
+
+    def _fill(self) -> None:
+        while len(self._under_way) < self._ahead:
+            try:
+                task = next(self._tasks)
+            except StopIteration:
+                return
+            turn = self._started % len(self._lanes)
+            self._started += 1
+            self._under_way.append(self._threads[turn].submit(self._work, self._lanes[turn], task))
+
+    def close(self) -> None:
+        """Drop the tasks that have not begun and wait for those that have."""
+        self._closed = True
+        self._under_way.clear()
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=True)
+
+
+def make_lanes(
+    dataset: DataSet,
+    *,
+    backend: BackendName,
+    device: torch.device,
+    workers: int,
+    prefetch: int,
+    pipelines: int,
+    batch: int,
+    shape: ClipShape,
+    with_flow: bool,
+) -> list[Lane]:
+    """The lanes of a loader: several over one pool of threads with PyAV, one per pipeline with DALI."""
+    chosen = choose_backend(backend, dataset.codec, device)
+    if chosen == "pyav":
+        from dataloaders.pyav_backend import PyAVBackend
+
+        shared: Backend = PyAVBackend(workers=workers)
+        return [Lane(shared) for _ in range(max(1, min(prefetch, workers)))]
+    from dataloaders.dali_backend import DALIBackend
+
+    return [
+        Lane(
+            DALIBackend(
+                device=device,
+                batch=batch,
+                threads=max(1, workers // pipelines),
+                size=(shape.height, shape.width),
+                with_flow=with_flow,
+            )
+        )
+        for _ in range(pipelines)
+    ]
+
+
+def choose_backend(name: BackendName, codec: str, device: torch.device) -> Literal["dali", "pyav"]:
+    """Which backend decodes a codec on a device.
+
+    Raises:
+        UserError: an unknown name, or DALI is asked for where it is not installed or cannot decode the codec.
+    """
+    if name not in ("auto", "dali", "pyav"):
+        raise UserError(f"loader.backend is {name!r}; choose auto, dali or pyav")
+    if name == "pyav":
+        return "pyav"
+    try:
+        if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
+            raise UserError("DALI is not installed; install nvidia-dali-cuda120 or set loader.backend=pyav")
+        from dataloaders.dali_backend import check_codec
+
+        check_codec(codec, device)
+    except UserError as reason:
+        if name == "dali":
+            raise
+        log.info("loader: PyAV decodes on the CPU, because %s", reason)
+        return "pyav"
+    log.info("loader: DALI decodes %s on %s", codec, device)
+    return "dali"

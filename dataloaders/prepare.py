@@ -1,0 +1,411 @@
+"""Source videos become a data set: transcoded by processes, put in random order, cut into shards.
+
+Everything that is not finished lies in `OUT/.work`: one set of files per clip, then the plan of the shards, then one
+record per packed shard. A run that was interrupted, however it ended, finds there what it need not do again.
+`dataset.json` is written last, so a folder that has one is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import platform
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+from tqdm import tqdm
+
+from dataloaders.errors import DecodeError, UserError
+from dataloaders.flow import BOUND
+from dataloaders.shards import (
+    FLOW_EXTENSION,
+    FORMAT,
+    INFO_EXTENSION,
+    MANIFEST,
+    RGB_EXTENSION,
+    SampleInfo,
+    ShardWriter,
+    shard_name,
+    write_atomically,
+    write_manifest,
+)
+from dataloaders.sources import SourceClip, SourceListing, shuffled
+from dataloaders.transcode import PrepareSettings, transcode
+from dataloaders.video import KEYFRAME_INTERVAL, MINIMUM
+
+WORK = ".work"
+QUARANTINE = "quarantine.jsonl"
+_LOG_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadClip:
+    """A source file that could not be prepared."""
+
+    file: str
+    split: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareReport:
+    """How a preparation ended.
+
+    Attributes:
+        prepared: clips of each split that are in the data set.
+        quarantined: clips that are not, with reasons; also in `OUT/quarantine.jsonl`.
+        finished: False when more clips were bad than allowed; then there is no data set.
+        already: True when the folder held this very data set before.
+    """
+
+    prepared: Mapping[str, int]
+    quarantined: tuple[BadClip, ...]
+    finished: bool
+    already: bool = False
+
+
+def prepare(
+    listing: SourceListing, out: Path, settings: PrepareSettings, *, workers: int = 1, max_bad: float = 0.01
+) -> PrepareReport:
+    """Make the data set `out`, or go on making it; where it is made already, do nothing.
+
+    Args:
+        workers: processes; with 1 the work is done in this one.
+        max_bad: share of the clips that may be bad. One bad clip is always allowed, except with 0.
+
+    Raises:
+        UserError: the settings cannot be stored, `out` holds something else, or no clip of a split is good.
+    """
+    settings.check()
+    if workers < 1:
+        raise UserError(f"workers is {workers}; give 1 or more")
+    if not 0 <= max_bad <= 1:
+        raise UserError(f"the allowed share of bad clips is {max_bad}; give a number from 0 to 1")
+    identity = {"preparation": settings.to_json(), "source": listing.fingerprint()}
+    if _claim(out, identity):
+        return _finished_report(out)
+    work = out / WORK
+    plan_file = work / "plan.json"
+    if not plan_file.is_file():
+        bad = _transcode_all(listing, work, settings, workers)
+        _refuse_empty_splits(listing, bad, out)
+        _write_quarantine(out, bad)
+        if len(bad) > _allowed(max_bad, len(listing.clips)):
+            return PrepareReport(prepared={}, quarantined=bad, finished=False)
+        names = {clip.relative for clip in listing.clips} - {entry.file for entry in bad}
+        good = [clip for clip in listing.clips if clip.relative in names]
+        write_atomically(plan_file, json.dumps(_plan(good, listing.splits, work, settings)).encode())
+    plan: dict[str, list[list[str]]] = json.loads(plan_file.read_bytes())
+    records = _pack(plan, out)
+    write_manifest(out, _manifest(listing, settings, identity, records))
+    for stray in out.glob("*.tmp"):
+        stray.unlink()
+    shutil.rmtree(work)
+    return PrepareReport(
+        prepared={split: sum(map(len, shards)) for split, shards in plan.items()},
+        quarantined=read_quarantine(out),
+        finished=True,
+    )
+
+
+def read_quarantine(out: Path) -> tuple[BadClip, ...]:
+    """The bad clips of a preparation; none when it had none."""
+    file = out / QUARANTINE
+    if not file.is_file():
+        return ()
+    return tuple(BadClip(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines())
+
+
+def _claim(out: Path, identity: Mapping[str, Any]) -> bool:
+    """Make or take over the folder; True when it holds this very data set."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"output {out} is a file; give a new or empty folder")
+    work_settings = out / WORK / "settings.json"
+    for file in (out / MANIFEST, work_settings):
+        if not file.is_file():
+            continue
+        found = json.loads(file.read_bytes())
+        found = found.get("settings") if file.name == MANIFEST else found
+        if found == identity:
+            return file.name == MANIFEST
+        raise UserError(
+            f"output folder {out} holds a data set made from {_difference(found, identity)}; "
+            "give another folder, or delete that one first"
+        )
+    if out.is_dir() and any(entry.name != WORK for entry in out.iterdir()):
+        raise UserError(
+            f"output folder {out} holds something that is no data set; give a new or empty folder"
+        )
+    work_settings.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(work_settings, json.dumps(identity).encode())
+    return False
+
+
+def _difference(found: Any, wanted: Mapping[str, Any]) -> str:
+    try:
+        there, here = found["preparation"], wanted["preparation"]
+        changed = [
+            f"{name} {there[name]} (now {value})" for name, value in here.items() if there[name] != value
+        ]
+    except (TypeError, KeyError):
+        changed = []
+    return f"other settings: {', '.join(changed)}" if changed else "another list of clips"
+
+
+def _finished_report(out: Path) -> PrepareReport:
+    splits = json.loads((out / MANIFEST).read_bytes())["splits"]
+    return PrepareReport(
+        prepared={split: entry["samples"] for split, entry in splits.items()},
+        quarantined=read_quarantine(out),
+        finished=True,
+        already=True,
+    )
+
+
+def _allowed(max_bad: float, clips: int) -> int:
+    return max(1, int(max_bad * clips)) if max_bad > 0 else 0
+
+
+def _refuse_empty_splits(listing: SourceListing, bad: Sequence[BadClip], out: Path) -> None:
+    counts = Counter(clip.split for clip in listing.clips)
+    counts.subtract(entry.split for entry in bad)
+    empty = [split for split in listing.splits if counts[split] == 0]
+    if not empty:
+        return
+    first = next(entry for entry in bad if entry.split == empty[0])
+    # What is good in the other splits is not worth keeping: the source must change, and so will its listing.
+    shutil.rmtree(out / WORK)
+    with contextlib.suppress(OSError):
+        out.rmdir()
+    raise UserError(
+        f"no clip of the split {empty[0]} can be decoded, the first is {first.file} ({first.reason}); "
+        "give videos that FFmpeg can read"
+    )
+
+
+def _write_quarantine(out: Path, bad: Sequence[BadClip]) -> None:
+    if bad:
+        lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in bad)
+        write_atomically(out / QUARANTINE, lines.encode())
+    else:
+        (out / QUARANTINE).unlink(missing_ok=True)
+
+
+def _sample_file(work: Path, key: str, extension: str) -> Path:
+    return work / "samples" / key[-2:] / f"{key}.{extension}"
+
+
+def _is_done(work: Path, key: str) -> bool:
+    # The description is written last.
+    return _sample_file(work, key, INFO_EXTENSION).is_file()
+
+
+def _transcode_to_files(work: Path, settings: PrepareSettings, clip: SourceClip) -> BadClip | None:
+    """Runs in the worker processes; leaves the sample's parts in the work folder."""
+    try:
+        parts = transcode(clip, settings)
+    except DecodeError as error:
+        return BadClip(file=clip.relative, split=clip.split, reason=error.reason)
+    for extension in (RGB_EXTENSION, FLOW_EXTENSION, INFO_EXTENSION):
+        if extension in parts:
+            file = _sample_file(work, clip.key, extension)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, parts[extension])
+    return None
+
+
+def _transcode_all(
+    listing: SourceListing, work: Path, settings: PrepareSettings, workers: int
+) -> tuple[BadClip, ...]:
+    todo = [clip for clip in listing.clips if not _is_done(work, clip.key)]
+    _say_scaling(settings)
+    if len(todo) < len(listing.clips):
+        print(f"{len(listing.clips) - len(todo)} clips are done already", file=sys.stderr)
+    job = partial(_transcode_to_files, work, settings)
+    bad: list[BadClip] = []
+    with Progress(len(todo), "clip") as progress:
+        results = map(job, todo) if workers == 1 else _in_processes(job, todo, workers)
+        for result in results:
+            if result is not None:
+                bad.append(result)
+            progress.step()
+    return tuple(sorted(bad, key=lambda entry: entry.file))
+
+
+def _in_processes(
+    job: partial[BadClip | None], clips: Sequence[SourceClip], workers: int
+) -> Iterator[BadClip | None]:
+    # spawn: the caller may hold threads (torch, FFmpeg), which do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    waiting = iter(clips)
+    running: dict[Future[BadClip | None], SourceClip] = {}
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            while True:
+                for clip in waiting:
+                    running[pool.submit(job, clip)] = clip
+                    if len(running) >= 2 * workers:
+                        break
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield future.result()
+                    del running[future]
+        except BrokenProcessPool as error:
+            names = ", ".join(clip.relative for clip in running.values())
+            raise RuntimeError(f"a worker process died; one of these clips killed it: {names}") from error
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def _say_scaling(settings: PrepareSettings) -> None:
+    least = MINIMUM[settings.codec]
+    if settings.short_side is not None and settings.short_side < max(least):
+        print(
+            f"clips below {least[0]}x{least[1]}, the smallest {settings.codec} that NVDEC decodes, are scaled up to it",
+            file=sys.stderr,
+        )
+
+
+def _plan(
+    clips: Sequence[SourceClip], splits: Sequence[str], work: Path, settings: PrepareSettings
+) -> dict[str, list[list[str]]]:
+    """Keys of every shard of every split: random order, shards of about the same number of samples."""
+    plan: dict[str, list[list[str]]] = {}
+    for split in splits:
+        order = shuffled([clip for clip in clips if clip.split == split], settings.seed)
+        total = sum(
+            file.stat().st_size
+            for clip in order
+            for extension in (RGB_EXTENSION, FLOW_EXTENSION)
+            if (file := _sample_file(work, clip.key, extension)).is_file()
+        )
+        shards = min(len(order), max(1, -(-total // settings.shard_bytes)))
+        cuts = [len(order) * i // shards for i in range(shards + 1)]
+        plan[split] = [[clip.key for clip in order[a:b]] for a, b in pairwise(cuts)]
+    return plan
+
+
+def _pack(plan: Mapping[str, list[list[str]]], out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Write every shard that has no record yet; returns the records, {"entry": …, "sizes": …}."""
+    records: dict[str, list[dict[str, Any]]] = {}
+    with Progress(sum(map(len, plan.values())), "shard") as progress:
+        for split, shards in plan.items():
+            records[split] = []
+            for number, keys in enumerate(shards):
+                records[split].append(_pack_shard(out, shard_name(split, number), keys))
+                progress.step()
+    return records
+
+
+def _pack_shard(out: Path, name: str, keys: Sequence[str]) -> dict[str, Any]:
+    work = out / WORK
+    record_file = work / "packed" / f"{name}.json"
+    if record_file.is_file():
+        record: dict[str, Any] = json.loads(record_file.read_bytes())
+    else:
+        sizes: Counter[str] = Counter()
+        with ShardWriter(out / name) as writer:
+            for key in keys:
+                parts = _read_sample(work, key)
+                info = SampleInfo.from_json(key, parts[INFO_EXTENSION])
+                sizes[f"{info.width}x{info.height}"] += 1
+                writer.write(key, parts)
+        assert writer.entry is not None
+        record = {"entry": asdict(writer.entry), "sizes": sizes}
+        record_file.parent.mkdir(exist_ok=True)
+        write_atomically(record_file, json.dumps(record).encode())
+    for key in keys:
+        for extension in (RGB_EXTENSION, FLOW_EXTENSION, INFO_EXTENSION):
+            _sample_file(work, key, extension).unlink(missing_ok=True)
+    return record
+
+
+def _read_sample(work: Path, key: str) -> dict[str, bytes]:
+    files = {e: _sample_file(work, key, e) for e in (RGB_EXTENSION, FLOW_EXTENSION, INFO_EXTENSION)}
+    return {extension: file.read_bytes() for extension, file in files.items() if file.is_file()}
+
+
+def _manifest(
+    listing: SourceListing,
+    settings: PrepareSettings,
+    identity: Mapping[str, Any],
+    records: Mapping[str, list[dict[str, Any]]],
+) -> dict[str, Any]:
+    sizes: Counter[str] = Counter()
+    splits: dict[str, Any] = {}
+    for split, packed in records.items():
+        entries = [record["entry"] for record in packed]
+        splits[split] = {"samples": sum(entry["samples"] for entry in entries), "shards": entries}
+        for record in packed:
+            sizes.update(record["sizes"])
+    scale = settings.flow_scale
+    return {
+        "format": FORMAT,
+        "classes": list(listing.classes),
+        "splits": splits,
+        "video": {
+            "codec": settings.codec,
+            "fps": None if settings.fps is None else float(settings.fps),
+            "short_side": settings.short_side,
+            "size": None if settings.size is None else list(settings.size),
+            "keyframe_interval": KEYFRAME_INTERVAL,
+            "sizes": dict(sizes.most_common()),
+        },
+        "flow": None
+        if scale is None
+        else {"codec": settings.codec, "scale": scale, "bound": BOUND, "algorithm": "tvl1"},
+        "settings": dict(identity),
+        "tools": {
+            "python": platform.python_version(),
+            "ffmpeg": av.ffmpeg_version_info,
+            **{name: version(name) for name in ("av", "numpy", "numba", "webdataset")},
+        },
+    }
+
+
+class Progress:
+    """A bar with rate and ETA on a terminal, a line every ten seconds elsewhere; both on stderr."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        self._total, self._unit = total, unit
+        self._done = 0
+        self._start = self._said = time.monotonic()
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total, unit=unit, dynamic_ncols=True) if terminal else None
+
+    def step(self) -> None:
+        """One more is done."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+        elif time.monotonic() - self._said >= _LOG_SECONDS:
+            self._said = time.monotonic()
+            rate = self._done / (self._said - self._start)
+            eta = tqdm.format_interval((self._total - self._done) / rate)
+            print(
+                f"{self._done} of {self._total} {self._unit}s, {rate:.2f} {self._unit}s/s, ETA {eta}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,197 @@
+"""The command `rev2net prepare {folder,list}`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+from dataloaders.errors import UserError
+from dataloaders.prepare import QUARANTINE, PrepareReport, prepare
+from dataloaders.shards import DataSet
+from dataloaders.sources import SPLITS, SourceListing, read_folder, read_lists
+from dataloaders.transcode import FLOW_SCALES, PrepareSettings
+from dataloaders.video import MINIMUM
+
+_SHOWN = 5
+"""Bad clips and skipped files that the report names; the rest is counted."""
+
+_FOLDER_HELP = """SOURCE holds a folder per class, or the folders train, val, test with a folder per class in each.
+
+examples:
+  rev2net prepare folder videos data
+  rev2net prepare folder videos data --val-fraction 0.1 --size 352x256
+  rev2net prepare folder videos data --codec vp9 --short-side 128     for machines without an NVIDIA GPU
+"""
+
+_LIST_HELP = """A list has one `path label` per line, labels are numbers from 0 or names. SOURCE is the list of the
+training clips (further splits by --val and --test), or a folder that holds train.txt and, if wanted, val.txt and
+test.txt.
+
+examples:
+  rev2net prepare list lists/train.txt data --val lists/val.txt --root videos
+  rev2net prepare list lists data --root videos --classes lists/names.txt
+"""
+
+
+def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sub-commands and options of `rev2net prepare` to a parser."""
+    parser.description = "Transcode videos, compute their optical flow, and pack both into tar shards."
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{folder,list}")
+    plain = argparse.RawDescriptionHelpFormatter
+    folder = kinds.add_parser(
+        "folder", help="a folder per class", description=_FOLDER_HELP, formatter_class=plain
+    )
+    folder.add_argument("source", type=Path, metavar="SOURCE", help="folder of the videos")
+    lists = kinds.add_parser(
+        "list", help="lists of `path label`", description=_LIST_HELP, formatter_class=plain
+    )
+    lists.add_argument(
+        "source", type=Path, metavar="SOURCE", help="list of the training clips, or a folder of lists"
+    )
+    lists.add_argument("--val", type=Path, metavar="LIST", help="list of the validation clips")
+    lists.add_argument("--test", type=Path, metavar="LIST", help="list of the test clips")
+    lists.add_argument("--root", type=Path, help="folder that the paths are relative to (the list's own)")
+    lists.add_argument(
+        "--classes", type=Path, metavar="FILE", help="class names, one a line, in the order of labels"
+    )
+    for kind, fraction in ((folder, 0.2), (lists, 0.0)):
+        kind.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+        kind.add_argument(
+            "--val-fraction",
+            type=float,
+            default=fraction,
+            metavar="SHARE",
+            help="share of each class that becomes the split val where none is given (%(default)s)",
+        )
+        _add_common(kind)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--codec",
+        choices=list(MINIMUM),
+        default="h264",
+        help="vp9: DALI decodes it on a CPU also (%(default)s)",
+    )
+    parser.add_argument("--fps", default="25", help="constant frame rate, or `source` (%(default)s)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--short-side", type=int, default=None, metavar="PIXELS", help="multiple of 16 (256)")
+    size.add_argument("--size", metavar="WxH", help="one size for all clips, such as 352x256")
+    parser.add_argument(
+        "--flow-scale", type=float, choices=FLOW_SCALES, default=0.5, help="size of flow to RGB (%(default)s)"
+    )
+    parser.add_argument("--no-flow", action="store_true", help="store no flow")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the order and the validation share (%(default)s)"
+    )
+    parser.add_argument(
+        "--shard-mb", type=float, default=256, metavar="MB", help="size of a shard (%(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=None, help="processes (the number of cores)")
+    parser.add_argument(
+        "--max-bad",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of the clips that may be bad; one always may, except with 0 (%(default)s)",
+    )
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    """Run `rev2net prepare`; returns the exit status, raises UserError for a user's mistake."""
+    start = time.monotonic()
+    settings = _settings(args)
+    settings.check()
+    listing = _listing(args)
+    workers = (os.cpu_count() or 1) if args.workers is None else args.workers
+    report = prepare(listing, args.out, settings, workers=workers, max_bad=args.max_bad)
+    return _tell(report, listing, args, time.monotonic() - start)
+
+
+def _settings(args: argparse.Namespace) -> PrepareSettings:
+    size = None if args.size is None else _size(args.size)
+    short_side = 256 if args.short_side is None else args.short_side
+    return PrepareSettings(
+        codec=args.codec,
+        fps=_fps(args.fps),
+        short_side=None if size else short_side,
+        size=size,
+        flow_scale=None if args.no_flow else args.flow_scale,
+        seed=args.seed,
+        shard_bytes=int(args.shard_mb * 2**20),
+    )
+
+
+def _fps(text: str) -> Fraction | None:
+    if text == "source":
+        return None
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"--fps is {text!r}; give a number such as 25 or 30000/1001, or `source`") from error
+
+
+def _size(text: str) -> tuple[int, int]:
+    words = text.lower().split("x")
+    if len(words) != 2 or not all(word.isdigit() for word in words):
+        raise UserError(f"--size is {text!r}; give width and height in pixels, such as 352x256")
+    return int(words[0]), int(words[1])
+
+
+def _listing(args: argparse.Namespace) -> SourceListing:
+    source: Path = args.source
+    if args.kind == "folder":
+        return read_folder(source, val_fraction=args.val_fraction, seed=args.seed)
+    lists: dict[str, Path] = {}
+    if source.is_dir():
+        lists = {s: source / f"{s}.txt" for s in SPLITS if (source / f"{s}.txt").is_file()}
+        if "train" not in lists:
+            raise UserError(f"folder {source} holds no train.txt; give a list, or a folder that holds one")
+    else:
+        lists["train"] = source
+    lists.update(
+        {split: file for split, file in (("val", args.val), ("test", args.test)) if file is not None}
+    )
+    if "val" in lists and args.val_fraction > 0:
+        raise UserError("--val-fraction is given beside a list of the split val; give only one of them")
+    root = args.root if args.root is not None else lists["train"].parent
+    if not root.is_dir():
+        raise UserError(
+            f"--root {root} does not exist; give the folder that the lists' paths are relative to"
+        )
+    return read_lists(
+        lists.items(), root, classes_file=args.classes, val_fraction=args.val_fraction, seed=args.seed
+    )
+
+
+def _tell(report: PrepareReport, listing: SourceListing, args: argparse.Namespace, seconds: float) -> int:
+    bad = report.quarantined
+    for entry in bad[:_SHOWN]:
+        print(f"quarantined {entry.file}: {entry.reason}", file=sys.stderr)
+    if len(bad) > _SHOWN:
+        print(f"… and {len(bad) - _SHOWN} more, see {args.out / QUARANTINE}", file=sys.stderr)
+    if listing.skipped:
+        names = ", ".join(listing.skipped[:_SHOWN]) + (", …" if len(listing.skipped) > _SHOWN else "")
+        print(f"skipped {len(listing.skipped)} files that are no videos by name: {names}", file=sys.stderr)
+    if not report.finished:
+        print(
+            f"{len(bad)} of {len(listing.clips)} clips are bad, more than --max-bad {args.max_bad:g} allows; "
+            f"mend the source, or allow more: the good clips are kept in {args.out} and not done again",
+            file=sys.stderr,
+        )
+        return 1
+    data = DataSet.open(args.out)
+    counts = ", ".join(f"{split} {count}" for split, count in report.prepared.items())
+    shards = [shard for entry in data.manifest["splits"].values() for shard in entry["shards"]]
+    sizes = data.manifest["video"]["sizes"]
+    print(
+        f"{args.out}: {'prepared before, nothing to do' if report.already else f'prepared in {seconds:.0f} s'}: "
+        f"{sum(report.prepared.values())} clips ({counts}), {len(data.classes)} classes, {len(shards)} shards, "
+        f"{sum(shard['bytes'] for shard in shards) / 2**20:.1f} MB, {len(bad)} quarantined, "
+        f"{len(sizes)} picture size{'s' if len(sizes) > 1 else ''} ({', '.join(list(sizes)[:_SHOWN])})"
+    )
+    return 0

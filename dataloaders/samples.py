@@ -1,0 +1,86 @@
+"""From a place in the global order to a sample's bytes, and from those to a clip request."""
+
+from __future__ import annotations
+
+from dataloaders.batch import ClipRequest
+from dataloaders.errors import DecodeError, UserError
+from dataloaders.lanes import Lane
+from dataloaders.order import Location
+from dataloaders.plan import ClipPlan, ClipShape
+from dataloaders.shards import (
+    FLOW_EXTENSION,
+    INFO_EXTENSION,
+    RGB_EXTENSION,
+    DataSet,
+    SampleInfo,
+    ShardReader,
+)
+
+
+class Samples:
+    """Reads the samples of a split.
+
+    Raises:
+        UserError: the data set has no such split, or no flow where flow is wanted.
+    """
+
+    def __init__(self, dataset: DataSet, split: str, *, with_flow: bool) -> None:
+        if with_flow and not dataset.has_flow:
+            raise UserError(
+                f"data set {dataset.folder} holds no flow, but flow is wanted; prepare it with flow or choose a "
+                "configuration without a flow decoder or flow stream"
+            )
+        self._shards = dataset.shards(split)
+        self.shard_sizes = [shard.samples for shard in self._shards]
+        self._extensions = (RGB_EXTENSION, INFO_EXTENSION) + ((FLOW_EXTENSION,) if with_flow else ())
+
+    def read(self, lane: Lane, place: Location) -> tuple[SampleInfo, dict[str, bytes]]:
+        """The sample's description and videos; DecodeError for a damaged shard or sample."""
+        reader = lane.reader(self._shards[place.shard].path)
+        key = _key(reader, place)
+        parts = reader.read(place.index_in_shard, self._extensions)
+        for extension in self._extensions:
+            if extension not in parts:
+                raise DecodeError(key, f"has no {extension} in its shard")
+        info = SampleInfo.from_json(key, parts[INFO_EXTENSION])
+        if min(info.num_frames, info.height, info.width) < 1:
+            raise DecodeError(key, "its json speaks of a video without frames")
+        return info, parts
+
+    def label(self, lane: Lane, place: Location) -> int:
+        """The label of a sample that cannot be read in full; -1 where its json cannot be read either."""
+        try:
+            reader = lane.reader(self._shards[place.shard].path)
+            data = reader.read(place.index_in_shard, (INFO_EXTENSION,))[INFO_EXTENSION]
+            return SampleInfo.from_json("", data).label
+        except (DecodeError, LookupError):
+            return -1
+
+    def request(
+        self,
+        place: Location,
+        info: SampleInfo,
+        parts: dict[str, bytes],
+        plan: ClipPlan,
+        shape: ClipShape,
+        view: int = 0,
+    ) -> ClipRequest:
+        """One clip of a sample that was read."""
+        return ClipRequest(
+            key=info.key,
+            rgb=parts[RGB_EXTENSION],
+            flow=parts.get(FLOW_EXTENSION),
+            info=info,
+            plan=plan,
+            shape=shape,
+            sample=place.sample,
+            view=view,
+        )
+
+
+def _key(reader: ShardReader, place: Location) -> str:
+    try:
+        return reader.key(place.index_in_shard)
+    except IndexError as error:
+        name = f"{reader.path.name}[{place.index_in_shard}]"
+        raise DecodeError(name, f"the shard has {len(reader)} samples, dataset.json says more") from error

@@ -1,0 +1,366 @@
+"""Data sets on disk: tar shards with their DALI index, and the manifest `dataset.json`.
+
+A shard is a plain WebDataset tar: sample `key` is `key.flow.mp4` (optional), `key.json`, `key.mp4`, in the
+alphabetical order in which webdataset writes them. The DALI index (`.idx`, v1.2) beside the tar is the only
+index; a reader finds every sample through it and never scans the tar.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from webdataset.writer import TarWriter
+
+from dataloaders.errors import DecodeError, UserError
+
+FORMAT = 1
+MANIFEST = "dataset.json"
+RGB_EXTENSION = "mp4"
+FLOW_EXTENSION = "flow.mp4"
+INFO_EXTENSION = "json"
+_INDEX_VERSION = "v1.2"
+_TAR_BLOCK = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleInfo:
+    """What `key.json` says about a sample; sizes in pixels of the stored videos.
+
+    Attributes:
+        source: the source file's path, relative to the source's root.
+        num_frames: of the RGB video and of the flow video alike.
+        flow_height: height of one flow plane (the flow video is twice as tall); None without flow.
+        flow_width: width of the flow video; None without flow.
+    """
+
+    key: str
+    label: int
+    class_name: str
+    source: str
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    flow_height: int | None = None
+    flow_width: int | None = None
+
+    @classmethod
+    def from_json(cls, key: str, data: bytes) -> SampleInfo:
+        """Read `key.json`; raises DecodeError when it is damaged."""
+        try:
+            raw = json.loads(data)
+            return cls(
+                key=key,
+                label=raw["label"],
+                class_name=raw["class"],
+                source=raw["source"],
+                num_frames=raw["num_frames"],
+                fps=raw["fps"],
+                height=raw["height"],
+                width=raw["width"],
+                flow_height=raw["flow_height"],
+                flow_width=raw["flow_width"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise DecodeError(key, f"damaged {INFO_EXTENSION}: {error!r}") from error
+
+    def to_json(self, sha256: Mapping[str, str]) -> bytes:
+        """The bytes of `key.json`; `sha256` maps the extensions of the sample's videos to their hashes."""
+        raw = asdict(self)
+        del raw["key"]
+        raw["class"] = raw.pop("class_name")
+        return json.dumps({**raw, "sha256": dict(sha256)}, sort_keys=True).encode()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardInfo:
+    """One shard of a split: where its tar lies and how many samples it holds."""
+
+    path: Path
+    samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardEntry:
+    """One shard as the manifest lists it."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+class DataSet:
+    """A prepared data set; opening reads the manifest and nothing else."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], fingerprint: str) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._fingerprint = fingerprint
+        self._shards = {
+            split: tuple(
+                ShardInfo(path=folder / shard["file"], samples=shard["samples"]) for shard in entry["shards"]
+            )
+            for split, entry in manifest["splits"].items()
+        }
+
+    @classmethod
+    def open(cls, folder: str | Path) -> DataSet:
+        """Open a data set folder.
+
+        Raises:
+            UserError: the folder is missing, holds no manifest, or a manifest of an unknown format.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"data set folder {folder} does not exist; make it with `rev2net prepare`")
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise UserError(
+                f"{folder} holds no {MANIFEST}, so it is no finished data set; make it with `rev2net prepare`"
+            )
+        data = path.read_bytes()
+        try:
+            manifest = json.loads(data)
+            known = manifest["format"] == FORMAT
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error!r}); prepare the data set again") from error
+        if not known:
+            raise UserError(
+                f"{path} has format {manifest['format']!r}, this version reads format {FORMAT}; "
+                "prepare the data set again or use the version that wrote it"
+            )
+        return cls(folder, manifest, hashlib.sha256(data).hexdigest())
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label is an index into them."""
+        return tuple(self.manifest["classes"])
+
+    @property
+    def codec(self) -> str:
+        """`h264` or `vp9`; RGB and flow have the same."""
+        return str(self.manifest["video"]["codec"])
+
+    @property
+    def has_flow(self) -> bool:
+        """Whether the samples hold flow videos."""
+        return self.manifest["flow"] is not None
+
+    @property
+    def flow_scale(self) -> float | None:
+        """Nominal size of the flow video relative to the RGB video; None without flow."""
+        return float(self.manifest["flow"]["scale"]) if self.has_flow else None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return tuple(self._shards)
+
+    def shards(self, split: str) -> tuple[ShardInfo, ...]:
+        """The split's shards in their order on disk; UserError for an unknown split."""
+        if split not in self._shards:
+            raise UserError(
+                f"data set {self.folder} has no split {split!r}; it has {', '.join(self.splits) or 'none'}"
+            )
+        return self._shards[split]
+
+    def num_samples(self, split: str) -> int:
+        """Number of samples of a split; UserError for an unknown split."""
+        return sum(shard.samples for shard in self.shards(split))
+
+    def fingerprint(self) -> str:
+        """Hash of the manifest, which holds the hash of every shard."""
+        return self._fingerprint
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `dataset.json` aside and rename it into place."""
+    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves either all of it or nothing under its name."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+class ShardWriter:
+    """Writes one shard and its index; both appear under their names only when complete.
+
+    Use as a context manager; `entry` is there after a normal end. An exception inside the block leaves
+    nothing behind. The same samples give the same bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._aside = path.with_name(path.name + ".tmp")
+        self._file = _HashingFile(self._aside)
+        self._tar = TarWriter(self._file, encoder=False, mtime=0, user="rev2net", group="rev2net")
+        self._offset = 0
+        self._lines: list[str] = []
+        self.entry: ShardEntry | None = None
+
+    def write(self, key: str, parts: Mapping[str, bytes]) -> None:
+        """Append a sample; `parts` maps extensions (no leading dot) to contents."""
+        assert "." not in key and " " not in key, key
+        self._tar.write({"__key__": key, **parts})
+        columns: list[str] = []
+        for extension in sorted(parts):
+            size = len(parts[extension])
+            start = self._offset + _TAR_BLOCK
+            columns.append(f"{extension} {start} {size} {key}.{extension}")
+            self._offset = start + -(-size // _TAR_BLOCK) * _TAR_BLOCK
+        assert self._offset == self._tar.tarstream.offset, "a tar header longer than one block"
+        self._lines.append(" ".join(columns))
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            # A full disk would fail here again, and the first error is the one to tell.
+            with contextlib.suppress(OSError):
+                self._tar.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._aside.unlink()
+            return
+        self._tar.close()
+        self._file.close()
+        text = f"{_INDEX_VERSION} {len(self._lines)}\n" + "".join(f"{line}\n" for line in self._lines)
+        write_atomically(index_path(self._path), text.encode())
+        self._aside.replace(self._path)
+        self.entry = ShardEntry(
+            file=self._path.name,
+            samples=len(self._lines),
+            bytes=self._file.size,
+            sha256=self._file.hash.hexdigest(),
+        )
+
+
+class ShardReader:
+    """Random access to one shard by its index; safe to share between threads.
+
+    Holds one line of the index per sample, about 150 bytes.
+
+    Raises:
+        UserError: the shard or its index is missing, or the index is damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        index = index_path(self.path)
+        for file in (self.path, index):
+            if not file.is_file():
+                raise UserError(f"shard file {file} is missing; run `rev2net verify {self.path.parent}`")
+        lines = index.read_bytes().splitlines()
+        if not lines or lines[0] != f"{_INDEX_VERSION} {len(lines) - 1}".encode():
+            raise UserError(f"index {index} is damaged; run `rev2net verify {self.path.parent}`")
+        self._lines = lines[1:]
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def key(self, index: int) -> str:
+        """The key of the sample at `index`."""
+        return _split_key(self._lines[index].decode().split(" ")[3])
+
+    def read(
+        self,
+        index: int,
+        extensions: Sequence[str] = (RGB_EXTENSION, FLOW_EXTENSION, INFO_EXTENSION),
+    ) -> dict[str, bytes]:
+        """The sample's parts by extension; an extension that the sample lacks is left out.
+
+        Raises:
+            DecodeError: the tar ends before the sample does, or the disk cannot read it.
+        """
+        parts: dict[str, bytes] = {}
+        for extension, offset, size, name in _components(self._lines[index]):
+            if extension not in extensions:
+                continue
+            try:
+                data = os.pread(self._descriptor, size, offset)
+            except OSError as error:
+                raise DecodeError(_split_key(name), f"{self.path.name}: {error}") from error
+            if len(data) != size:
+                raise DecodeError(_split_key(name), f"{self.path.name} ends inside {name}")
+            parts[extension] = data
+        return parts
+
+    def components(self) -> list[tuple[str, int, int]]:
+        """Name, offset and size of every file the index lists, in order."""
+        return [(name, offset, size) for line in self._lines for _, offset, size, name in _components(line)]
+
+    def close(self) -> None:
+        """Close the tar; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def index_path(shard: Path) -> Path:
+    """Where the index of a shard lies."""
+    return shard.with_suffix(".idx")
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of a split's shard."""
+    return f"{split}-{number:06d}.tar"
+
+
+def _components(line: bytes) -> list[tuple[str, int, int, str]]:
+    words = line.decode().split(" ")
+    return [(words[i], int(words[i + 1]), int(words[i + 2]), words[i + 3]) for i in range(0, len(words), 4)]
+
+
+def _split_key(name: str) -> str:
+    return name[: name.index(".", name.rfind("/") + 1)]
+
+
+class _HashingFile(io.RawIOBase):
+    """A new file that hashes and counts what is written to it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = path.open("wb")
+        self.hash = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        super().close()

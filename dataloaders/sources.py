@@ -1,0 +1,263 @@
+"""Which clips are to be prepared: a folder per class, or lists of `path label`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataloaders.errors import UserError
+
+SPLITS = ("train", "val", "test")
+# fmt: off
+VIDEO_SUFFIXES = frozenset({
+    ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov",
+    ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
+})
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceClip:
+    """One source file.
+
+    Attributes:
+        relative: path relative to the source's root, with `/`; it names the clip wherever the root lies.
+    """
+
+    path: Path
+    relative: str
+    split: str
+    label: int
+    class_name: str
+
+    @property
+    def key(self) -> str:
+        """Name in the shards: readable, unique for the relative path, letters, digits, `_` and `-` only."""
+        readable = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(self.relative).stem)[:60]
+        return f"{readable}-{_digest(self.relative)[:10]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceListing:
+    """All clips of a source.
+
+    Attributes:
+        skipped: files that were left out because their names are not those of videos.
+    """
+
+    classes: tuple[str, ...]
+    clips: tuple[SourceClip, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Splits that hold clips, in the order train, val, test, others."""
+        present = {clip.split for clip in self.clips}
+        return tuple(s for s in SPLITS if s in present) + tuple(sorted(present - set(SPLITS)))
+
+    def fingerprint(self) -> str:
+        """Hash over classes, splits, labels, relative paths and file sizes, in any order of the clips."""
+        rows = sorted(f"{c.split}\t{c.label}\t{_size(c.path)}\t{c.relative}" for c in self.clips)
+        return _digest("\n".join([*self.classes, "", *rows]))
+
+
+def read_folder(root: Path, *, val_fraction: float = 0.2, seed: int = 0) -> SourceListing:
+    """Clips of `root/CLASS/…` or `root/{train,val,test}/CLASS/…`, classes in alphabetical order.
+
+    Without split folders, `val_fraction` of every class goes to the split val: those with the smallest hash
+    of (seed, relative path), at least one where a class has two.
+
+    Raises:
+        UserError: the folder is missing, holds no video, a class folder is empty, or the fraction is not one.
+    """
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"the validation share is {val_fraction}; give a number of at least 0 and below 1")
+    if not root.is_dir():
+        raise UserError(f"source folder {root} does not exist; give a folder that holds a folder per class")
+    folders = _subfolders(root)
+    has_splits = bool(folders) and {f.name for f in folders} <= set(SPLITS)
+    found: list[tuple[str, str, Path]] = []
+    skipped: list[str] = []
+    for split_folder in folders if has_splits else [root]:
+        split = split_folder.name if has_splits else "train"
+        for folder in _subfolders(split_folder):
+            files = [f for f in sorted(folder.rglob("*")) if f.is_file() and not f.name.startswith(".")]
+            videos = [f for f in files if f.suffix.lower() in VIDEO_SUFFIXES]
+            skipped += [f.relative_to(root).as_posix() for f in files if f not in set(videos)]
+            if not videos:
+                raise UserError(f"class folder {folder} holds no video; add videos to it or remove it")
+            found += [(split, folder.name, video) for video in videos]
+    if not found:
+        raise UserError(
+            f"source folder {root} holds no videos; put each class's videos into a folder of its own, "
+            "CLASS/video.mp4 or train/CLASS/video.mp4 and val/CLASS/video.mp4"
+        )
+    classes = tuple(sorted({name for _, name, _ in found}))
+    clips = tuple(
+        SourceClip(
+            path=path,
+            relative=path.relative_to(root).as_posix(),
+            split=split,
+            label=classes.index(name),
+            class_name=name,
+        )
+        for split, name, path in found
+    )
+    if not has_splits:
+        clips = split_off(clips, val_fraction, seed)
+    return SourceListing(classes=classes, clips=clips, skipped=tuple(skipped))
+
+
+def read_lists(
+    lists: Iterable[tuple[str, Path]],
+    root: Path,
+    *,
+    classes_file: Path | None = None,
+    val_fraction: float = 0.0,
+    seed: int = 0,
+) -> SourceListing:
+    """Clips of (split, list) pairs, whose lines are `path label`; the path is relative to `root`.
+
+    A path may hold spaces. Labels are numbers from 0 (names from `classes_file`, else the numbers
+    themselves), or names, which then are numbered alphabetically. Empty lines and lines that start with `#`
+    are passed over. A share `val_fraction` of the split train becomes val, as in `read_folder`.
+
+    Raises:
+        UserError: a file is missing, a line cannot be read or stands twice, or no listed file exists.
+    """
+    rows: list[tuple[str, str, str, str]] = []
+    where_seen: dict[str, str] = {}
+    for split, file in lists:
+        for where, path, word in _read_list(file):
+            if path in where_seen:
+                raise UserError(f"{where} repeats {path!r} of {where_seen[path]}; list every file once")
+            where_seen[path] = where
+            rows.append((split, path, word, where))
+    if not rows:
+        raise UserError("the lists hold no line; give lists with one `path label` per line")
+    classes, labels = _labels([(word, where) for _, _, word, where in rows], classes_file)
+    clips = tuple(
+        SourceClip(path=root / path, relative=path, split=split, label=label, class_name=classes[label])
+        for (split, path, _, _), label in zip(rows, labels, strict=True)
+    )
+    if not any(clip.path.is_file() for clip in clips):
+        raise UserError(
+            f"none of the {len(clips)} listed files exists, the first would be {clips[0].path}; "
+            "give the folder that the paths are relative to with --root"
+        )
+    if val_fraction > 0:
+        clips = split_off(clips, val_fraction, seed)
+    return SourceListing(classes=classes, clips=clips)
+
+
+def split_off(clips: Sequence[SourceClip], fraction: float, seed: int) -> tuple[SourceClip, ...]:
+    """Move a share of every class of the split train to val, chosen by the hash of (seed, relative path)."""
+    by_class: dict[int, list[SourceClip]] = defaultdict(list)
+    for clip in clips:
+        if clip.split == "train":
+            by_class[clip.label].append(clip)
+    moved: set[str] = set()
+    for members in by_class.values():
+        count = round(len(members) * fraction)
+        if fraction > 0 and len(members) > 1:
+            count = min(max(count, 1), len(members) - 1)
+        ranked = sorted(members, key=lambda clip: _digest(f"{seed}:{clip.relative}"))
+        moved.update(clip.relative for clip in ranked[:count])
+    return tuple(
+        SourceClip(
+            path=c.path,
+            relative=c.relative,
+            split="val" if c.relative in moved else c.split,
+            label=c.label,
+            class_name=c.class_name,
+        )
+        for c in clips
+    )
+
+
+def shuffled(clips: Sequence[SourceClip], seed: int) -> list[SourceClip]:
+    """A seeded random order in which every stretch holds each class about as often as the whole does.
+
+    The r-th clip of a class of n, in random order, goes to a random place in the r-th of n equal parts of the
+    sequence. So a shard cut from it holds a class's expected share up to one clip.
+    """
+    by_class: dict[int, list[tuple[str, SourceClip]]] = defaultdict(list)
+    for clip in clips:
+        by_class[clip.label].append((_digest(f"{seed}:order:{clip.relative}"), clip))
+    placed: list[tuple[float, str, SourceClip]] = []
+    for members in by_class.values():
+        members.sort(key=lambda member: member[0])
+        for rank, (digest, clip) in enumerate(members):
+            # The low bits place it: the high ones already gave the rank.
+            place = (rank + int(digest[-13:], 16) / 16**13) / len(members)
+            placed.append((place, digest, clip))
+    placed.sort(key=lambda entry: entry[:2])
+    return [clip for _, _, clip in placed]
+
+
+def _read_list(file: Path) -> list[tuple[str, str, str]]:
+    if not file.is_file():
+        raise UserError(f"list {file} does not exist; give a file with one `path label` per line")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"list {file} is no text; give a file with one `path label` per line") from error
+    rows: list[tuple[str, str, str]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        words = line.strip().rsplit(maxsplit=1)
+        if len(words) != 2:
+            raise UserError(f"{file} line {number} is {line.strip()!r}; it must be `path label`")
+        rows.append((f"{file} line {number}", words[0].strip(), words[1]))
+    return rows
+
+
+def _labels(
+    words: Sequence[tuple[str, str]], classes_file: Path | None
+) -> tuple[tuple[str, ...], Sequence[int]]:
+    classes: tuple[str, ...] | None = None
+    if classes_file is not None:
+        if not classes_file.is_file():
+            raise UserError(f"classes file {classes_file} does not exist; give a file with one name per line")
+        names = (line.strip() for line in classes_file.read_text(encoding="utf-8").splitlines())
+        classes = tuple(name for name in names if name)
+    if all(re.fullmatch(r"\d+", word) for word, _ in words):
+        labels = [int(word) for word, _ in words]
+        if classes is None:
+            return tuple(str(i) for i in range(max(labels) + 1)), labels
+        for label, (_, where) in zip(labels, words, strict=True):
+            if label >= len(classes):
+                raise UserError(f"{where} has label {label}; {classes_file} names 0 to {len(classes) - 1}")
+        return classes, labels
+    if classes is None:
+        for word, where in words:
+            if re.fullmatch(r"-?\d+", word):
+                raise UserError(
+                    f"{where} has label {word} among labels that are names; use numbers for all, or names"
+                )
+        classes = tuple(sorted({word for word, _ in words}))
+    numbers = {name: number for number, name in enumerate(classes)}
+    for word, where in words:
+        if word not in numbers:
+            raise UserError(f"{where} has label {word!r}, which {classes_file} does not name; correct one")
+    return classes, [numbers[word] for word, _ in words]
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

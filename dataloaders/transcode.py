@@ -1,0 +1,190 @@
+"""One source clip becomes the parts of a sample: RGB video, flow video, description."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from dataloaders.errors import UserError
+from dataloaders.flow import encode_flow, tvl1
+from dataloaders.shards import FLOW_EXTENSION, INFO_EXTENSION, RGB_EXTENSION, SampleInfo
+from dataloaders.sources import SourceClip
+from dataloaders.video import (
+    BLOCK,
+    MINIMUM,
+    Codec,
+    VideoEncoder,
+    VideoSource,
+    flow_picture,
+    flow_size,
+    gray,
+    stored_size,
+)
+
+FLOW_SCALES = (0.5, 1.0)
+_CHUNK = 16
+"""Frame pairs per call of the estimator: memory stays the same for a clip of any length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareSettings:
+    """What decides the bytes of a prepared data set.
+
+    Attributes:
+        codec: h264, or vp9 for machines on which DALI has no NVDEC.
+        fps: constant frame rate; None keeps each source's average rate and all its frames.
+        short_side: of the stored RGB video, in pixels; None when `size` is given.
+        size: width and height for all clips, whatever their aspect ratio.
+        flow_scale: size of the flow video relative to the RGB video; None stores no flow.
+        seed: of the order of the samples.
+        shard_bytes: shards are cut to about this size.
+    """
+
+    codec: Codec = "h264"
+    fps: Fraction | None = Fraction(25)
+    short_side: int | None = 256
+    size: tuple[int, int] | None = None
+    flow_scale: float | None = 0.5
+    seed: int = 0
+    shard_bytes: int = 256 * 2**20
+
+    def check(self) -> None:
+        """Raise UserError for values that cannot be stored."""
+        if self.codec not in MINIMUM:
+            raise UserError(f"codec is {self.codec!r}; give one of {', '.join(MINIMUM)}")
+        if (self.short_side is None) == (self.size is None):
+            raise UserError("give either a short side or a size, not both")
+        for length in self.size or (self.short_side or 0,):
+            if length < BLOCK or length % BLOCK:
+                near = max(BLOCK, round(length / BLOCK) * BLOCK)
+                raise UserError(f"size {length} is not a multiple of {BLOCK}; give for example {near}")
+        least = MINIMUM[self.codec]
+        if self.size is not None and (self.size[0] < least[0] or self.size[1] < least[1]):
+            raise UserError(
+                f"size {self.size[0]}x{self.size[1]} is below {least[0]}x{least[1]}, the smallest "
+                f"{self.codec} that NVDEC decodes; give a larger --size or another --codec"
+            )
+        if self.flow_scale is not None and self.flow_scale not in FLOW_SCALES:
+            raise UserError(f"flow scale is {self.flow_scale}; give one of {FLOW_SCALES}")
+        if self.fps is not None and not 1 <= self.fps <= 240:
+            raise UserError(f"fps is {float(self.fps):g}; give 1 to 240, or `source` for each video's own")
+        if self.shard_bytes < 1:
+            raise UserError(f"shards of {self.shard_bytes} bytes are too small; give 1 MB or more")
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, for the manifest."""
+        return {
+            "codec": self.codec,
+            "fps": None if self.fps is None else str(self.fps),
+            "short_side": self.short_side,
+            "size": None if self.size is None else list(self.size),
+            "flow_scale": self.flow_scale,
+            "seed": self.seed,
+            "shard_bytes": self.shard_bytes,
+        }
+
+
+def transcode(clip: SourceClip, settings: PrepareSettings) -> dict[str, bytes]:
+    """Decode, resize, estimate flow and encode; frame by frame, so that memory does not grow with the clip.
+
+    Returns:
+        The sample's parts by extension: RGB video, flow video unless switched off, description.
+
+    Raises:
+        DecodeError: the source cannot be decoded.
+    """
+    with VideoSource(clip.path) as source:
+        width, height = stored_size(
+            source.width,
+            source.height,
+            codec=settings.codec,
+            short_side=settings.short_side,
+            size=settings.size,
+        )
+        fps = settings.fps or source.fps
+        rgb = VideoEncoder(settings.codec, "rgb", width, height, fps)
+        flow = None
+        if settings.flow_scale is not None:
+            flow = FlowTrack(width, height, fps, codec=settings.codec, scale=settings.flow_scale)
+        for picture in source.frames(width, height, settings.fps):
+            rgb.add(picture)
+            if flow is not None:
+                flow.add(gray(picture))
+    parts = {RGB_EXTENSION: rgb.finish()}
+    if flow is not None:
+        parts[FLOW_EXTENSION] = flow.finish()
+    info = SampleInfo(
+        key=clip.key,
+        label=clip.label,
+        class_name=clip.class_name,
+        source=clip.relative,
+        num_frames=rgb.count,
+        fps=float(fps),
+        height=height,
+        width=width,
+        flow_height=None if flow is None else flow.height,
+        flow_width=None if flow is None else flow.width,
+    )
+    hashes = {extension: hashlib.sha256(data).hexdigest() for extension, data in parts.items()}
+    return {**parts, INFO_EXTENSION: info.to_json(hashes)}
+
+
+class FlowTrack:
+    """Turns gray frames into a flow video of as many frames; the last flow stands twice.
+
+    Attributes:
+        width, height: of one flow plane.
+    """
+
+    def __init__(self, width: int, height: int, fps: Fraction, *, codec: Codec, scale: float) -> None:
+        self.width, self.height = flow_size(width, height, codec=codec, scale=scale)
+        self._encoder = VideoEncoder(codec, "flow", self.width, 2 * self.height, fps)
+        self._waiting: list[npt.NDArray[np.uint8]] = []
+        self._last = flow_picture(encode_flow(np.zeros((1, 2, self.height, self.width), np.float32))[0])
+
+    def add(self, frame: npt.NDArray[np.uint8]) -> None:
+        """Take the next gray frame, uint8 [H, W]."""
+        self._waiting.append(frame)
+        if len(self._waiting) > _CHUNK:
+            self._flush()
+
+    def finish(self) -> bytes:
+        """The flow video."""
+        self._flush()
+        self._encoder.add(self._last)
+        return self._encoder.finish()
+
+    def _flush(self) -> None:
+        if len(self._waiting) < 2:
+            return
+        flow = tvl1(np.stack(self._waiting), threads=1)
+        stored = area_average(area_average(flow, self.height, 2), self.width, 3)
+        for codes in encode_flow(stored):
+            self._last = flow_picture(codes)
+            self._encoder.add(self._last)
+        del self._waiting[:-1]
+
+
+def area_average(values: npt.NDArray[np.float32], length: int, axis: int) -> npt.NDArray[np.float32]:
+    """Shrink one axis to `length` by averaging the part that each output pixel covers, also fractions of pixels.
+
+    No linear algebra library takes part, so the result does not depend on a number of threads.
+    """
+    before = values.shape[axis]
+    if length == before:
+        return values
+    edges = np.arange(length + 1) * (before / length)
+    first = np.floor(edges[:-1]).astype(np.int64)
+    shape = [1] * values.ndim
+    shape[axis] = length
+    total = np.zeros((), np.float32)
+    for tap in range(int(np.ceil(edges[1:] - first).max())):
+        at = first + tap
+        share = np.minimum(edges[1:], at + 1) - np.maximum(edges[:-1], at)
+        weights = (np.clip(share, 0, None) * (length / before)).astype(np.float32)
+        total = total + values.take(np.minimum(at, before - 1), axis) * weights.reshape(shape)
+    return total

@@ -1,0 +1,153 @@
+"""Is a data set on disk what its manifest says? The command `rev2net verify`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dataloaders.errors import DecodeError, UserError
+from dataloaders.prepare import Progress
+from dataloaders.shards import FLOW_EXTENSION, INFO_EXTENSION, RGB_EXTENSION, DataSet, SampleInfo, ShardReader
+from dataloaders.video import StoredVideo, decode_luma, inspect_video
+
+_READ_BYTES = 2**20
+
+
+def verify(folder: Path, deep: bool = False) -> list[str]:
+    """Compare every shard and every sample with the manifest.
+
+    Checked are sizes and hashes of the shards, the index against the tar, the number of samples, and of
+    every sample its parts, label, picture sizes, frame count, codec, and that flow is tagged full range in
+    its bitstream.
+
+    Args:
+        deep: also decode every frame.
+
+    Returns:
+        One sentence per problem; empty when all is well.
+
+    Raises:
+        UserError: the folder holds no data set.
+    """
+    data = DataSet.open(folder)
+    entries = [shard for entry in data.manifest["splits"].values() for shard in entry["shards"]]
+    problems: list[str] = []
+    for split, entry in data.manifest["splits"].items():
+        if entry["samples"] != data.num_samples(split):
+            problems.append(
+                f"split {split}: {entry['samples']} samples in all, {data.num_samples(split)} in its shards"
+            )
+    with Progress(len(entries), "shard") as progress:
+        for shard in entries:
+            problems += _shard_problems(data, shard, deep)
+            progress.step()
+    return problems
+
+
+def _shard_problems(data: DataSet, shard: Mapping[str, Any], deep: bool) -> Iterator[str]:
+    path, name = data.folder / shard["file"], shard["file"]
+    try:
+        reader = ShardReader(path)
+    except UserError as error:
+        yield str(error)
+        return
+    with reader:
+        size = path.stat().st_size
+        if size != shard["bytes"]:
+            yield f"{name}: {size} bytes, the manifest says {shard['bytes']}"
+        elif _sha256(path) != shard["sha256"]:
+            yield f"{name}: its content has changed since it was written (sha256 differs)"
+        if len(reader) != shard["samples"]:
+            yield f"{name}: {len(reader)} samples in the index, the manifest says {shard['samples']}"
+        if reader.components() != _members(path):
+            yield f"{name}: the index does not match the tar"
+        for index in range(len(reader)):
+            key = reader.key(index)
+            try:
+                for problem in _sample_problems(data, key, reader.read(index), deep):
+                    yield f"{name}: {key}: {problem}"
+            except DecodeError as error:
+                yield f"{name}: {key}: {error.reason}"
+
+
+def _sample_problems(data: DataSet, key: str, parts: Mapping[str, bytes], deep: bool) -> Iterator[str]:
+    wanted = {RGB_EXTENSION, INFO_EXTENSION} | ({FLOW_EXTENSION} if data.has_flow else set())
+    if set(parts) != wanted:
+        yield f"holds {', '.join(sorted(parts))}; expected {', '.join(sorted(wanted))}"
+        return
+    info = SampleInfo.from_json(key, parts[INFO_EXTENSION])
+    if not 0 <= info.label < len(data.classes) or data.classes[info.label] != info.class_name:
+        yield f"label {info.label} is not class {info.class_name}"
+    video = inspect_video(parts[RGB_EXTENSION], key)
+    yield from _video_problems("RGB", video, data, info, (info.width, info.height))
+    if video.full_range:
+        yield "RGB is tagged full range; it must be limited"
+    if data.has_flow:
+        flow = inspect_video(parts[FLOW_EXTENSION], key)
+        yield from _video_problems(
+            "flow", flow, data, info, (info.flow_width or 0, 2 * (info.flow_height or 0))
+        )
+        if not flow.full_range:
+            yield "flow is not tagged full range in the bitstream: GPU decoders would lose codes"
+    if deep:
+        for extension in sorted(wanted - {INFO_EXTENSION}):
+            count = sum(1 for _ in decode_luma(parts[extension], key))
+            if count != info.num_frames:
+                yield f"{extension} decodes to {count} frames, expected {info.num_frames}"
+
+
+def _video_problems(
+    what: str, video: StoredVideo, data: DataSet, info: SampleInfo, size: tuple[int, int]
+) -> Iterator[str]:
+    if video.codec != data.codec:
+        yield f"{what} is {video.codec}, expected {data.codec}"
+    if (video.width, video.height) != size:
+        yield f"{what} is {video.width}x{video.height}, expected {size[0]}x{size[1]}"
+    if video.num_frames != info.num_frames:
+        yield f"{what} has {video.num_frames} frames, expected {info.num_frames}"
+
+
+def _members(path: Path) -> list[tuple[str, int, int]] | None:
+    """Name, offset and size of every file in the tar; None for a damaged tar."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return [(member.name, member.offset_data, member.size) for member in tar if member.isfile()]
+    except (tarfile.TarError, OSError):
+        return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `rev2net verify` to a parser."""
+    parser.description = (
+        "Check a prepared data set: hashes, indexes, counts, tags, and with --deep every frame."
+    )
+    parser.epilog = "examples:\n  rev2net verify data\n  rev2net verify data --deep"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder that `rev2net prepare` made")
+    parser.add_argument("--deep", action="store_true", help="decode every frame of every video")
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Run `rev2net verify`; returns the exit status, raises UserError for a user's mistake."""
+    problems = verify(args.data, args.deep)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    data = DataSet.open(args.data)
+    counts = ", ".join(f"{split} {data.num_samples(split)}" for split in data.splits)
+    print(
+        f"{args.data}: {counts} samples, {len(problems) or 'no'} problem{'s' if len(problems) != 1 else ''}"
+    )
+    return 1 if problems else 0

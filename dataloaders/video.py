@@ -1,0 +1,357 @@
+"""Reading source videos of any make, and writing the videos that shards hold (PyAV, with its own FFmpeg).
+
+A frame between the two is an `I420` array: uint8 [H * 3 / 2, W], the planes Y, U, V of a yuv420p picture one
+after the other, BT.601 limited range (flow: full range, chroma 128).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import av
+import av.error
+import numpy as np
+import numpy.typing as npt
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+
+from dataloaders.errors import DecodeError
+
+I420 = npt.NDArray[np.uint8]
+Codec = Literal["h264", "vp9"]
+Content = Literal["rgb", "flow"]
+
+KEYFRAME_INTERVAL = 12
+BLOCK = 16
+"""Of widths and heights: then NVDEC's coded size is its display size, and it reuses decoders."""
+
+MINIMUM: dict[Codec, tuple[int, int]] = {"h264": (48, 16), "vp9": (128, 128)}
+"""Smallest width and height that NVDEC decodes, from NVIDIA's table of limits."""
+
+MAX_GAP_SECONDS = 60.0
+"""A larger step between two timestamps is damage: filling it with copies would take for ever."""
+
+_SMPTE170M = 6
+"""H.273's number of BT.601 (525 lines) as matrix, primaries and transfer curve."""
+
+_SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+
+_ENCODERS: dict[Codec, str] = {"h264": "libx264", "vp9": "libvpx-vp9"}
+
+
+def _has_avx512() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and "avx512" in cpuinfo.read_text()
+
+
+# The AVX-512 code of x264's macroblock tree reads memory it never wrote when the picture is narrow (80 pixels):
+# the same frames then give other bytes from one call to the next. Its AVX2 code and its C code agree.
+_X264 = {"preset": "medium", "sc_threshold": "0", "bf": "0"} | (
+    {"x264-params": "asm=avx2"} if _has_avx512() else {}
+)
+# No look-ahead and no alternative reference: every packet is one shown frame, so counts and seeks are exact.
+_VPX = {"row-mt": "1", "lag-in-frames": "0", "auto-alt-ref": "0", "b": "0"}
+_OPTIONS: dict[tuple[Codec, Content], dict[str, str]] = {
+    ("h264", "rgb"): _X264,
+    ("h264", "flow"): _X264,
+    ("vp9", "rgb"): {**_VPX, "deadline": "realtime", "cpu-used": "7"},
+    # Real-time settings are three times as fast but lose codes even of a still picture.
+    ("vp9", "flow"): {**_VPX, "deadline": "good", "cpu-used": "5"},
+}
+_QUALITY: dict[tuple[Codec, Content], int] = {
+    ("h264", "rgb"): 23,
+    ("h264", "flow"): 18,
+    ("vp9", "rgb"): 30,
+    ("vp9", "flow"): 20,
+}
+
+_GRAY_OF_LUMA: npt.NDArray[np.uint8] = np.clip(
+    np.rint((np.arange(256, dtype=np.float64) - 16) * (255 / 219)), 0, 255
+).astype(np.uint8)
+
+
+class VideoSource:
+    """A source video, opened and decoded up to its first frame.
+
+    Attributes:
+        width, height: as displayed, after rotation and the pixels' aspect ratio.
+        fps: average frame rate.
+
+    Raises:
+        DecodeError: on construction and while reading, for whatever the decoder refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            # Some HMDB51 files hold metadata that is not UTF-8.
+            self._container = av.open(str(path), metadata_errors="ignore")
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise DecodeError(str(path), _reason(error)) from error
+        try:
+            self._start()
+        except BaseException:
+            self._container.close()
+            raise
+
+    def _start(self) -> None:
+        if not self._container.streams.video:
+            raise DecodeError(str(self._path), "holds no video stream")
+        stream = self._container.streams.video[0]
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        rate = stream.average_rate or stream.guessed_rate
+        self.fps = Fraction(rate) if rate else Fraction(25)
+        self._decoded = self._decode(stream)
+        first = next(self._decoded, None)
+        if first is None:
+            raise DecodeError(str(self._path), "holds no frame")
+        self._first = first
+        # A multiple of 90 degrees, counter-clockwise; other angles are not honoured by players either.
+        self._quarter_turns = round(first.rotation / 90) % 4
+        aspect = float(stream.sample_aspect_ratio or 1)
+        width = round(first.width * aspect) if 0.25 <= aspect <= 4 else first.width
+        sideways = self._quarter_turns % 2 == 1
+        self.width, self.height = (first.height, width) if sideways else (width, first.height)
+
+    def _decode(self, stream: Any) -> Iterator[Any]:
+        try:
+            yield from self._container.decode(stream)
+        except (av.error.FFmpegError, ValueError) as error:
+            raise DecodeError(str(self._path), _reason(error)) from error
+
+    def frames(self, width: int, height: int, fps: Fraction | None) -> Iterator[I420]:
+        """All frames at the given size, once; at `fps` by repeating and dropping, or as they are (None).
+
+        A frame with timestamp p belongs to output frame round(p * fps); an output frame that gets none
+        repeats the one before, of several the last is taken (as FFmpeg's `fps` filter does).
+        """
+        if fps is None:
+            for frame in self._with_first():
+                yield self._convert(frame, width, height)
+            return
+        period = float(1 / self.fps)
+        start = last_time = 0.0
+        slot = -1
+        held: I420 | None = None
+        for count, frame in enumerate(self._with_first()):
+            time = last_time + period if frame.pts is None else float(frame.pts * frame.time_base)
+            if count == 0:
+                start = last_time = time
+            if time - last_time > MAX_GAP_SECONDS:
+                raise DecodeError(str(self._path), f"timestamps jump by {time - last_time:.0f} s")
+            last_time = max(time, last_time)
+            new_slot = max(slot, round((last_time - start) * float(fps)))
+            if held is not None:
+                for _ in range(new_slot - slot):
+                    yield held
+            held, slot = self._convert(frame, width, height), new_slot
+        assert held is not None, "the first frame is always there"
+        end = round((last_time - start + period) * float(fps))
+        for _ in range(max(1, end - slot)):
+            yield held
+
+    def _with_first(self) -> Iterator[Any]:
+        yield self._first
+        yield from self._decoded
+
+    def _convert(self, frame: Any, width: int, height: int) -> I420:
+        sideways = self._quarter_turns % 2 == 1
+        full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+        converted = frame.reformat(
+            width=height if sideways else width,
+            height=width if sideways else height,
+            format="yuv420p",
+            src_colorspace=_matrix(frame.colorspace),
+            dst_colorspace=Colorspace.ITU601,
+            src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=_SCALING,
+            threads=1,
+        )
+        picture: I420 = converted.to_ndarray()
+        return _rotate(picture, self._quarter_turns) if self._quarter_turns else picture
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
+    def __enter__(self) -> VideoSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class VideoEncoder:
+    """Encodes I420 frames into an mp4 in memory: key frame every 12, no B-frames, one thread, tagged BT.601.
+
+    RGB content is tagged limited range. Flow content is tagged full range, in the bitstream itself (H.264
+    VUI, VP9 header), and encoded at near-lossless quality.
+    """
+
+    def __init__(self, codec: Codec, content: Content, width: int, height: int, fps: Fraction) -> None:
+        self._buffer = io.BytesIO()
+        self._container = av.open(self._buffer, "w", format="mp4")
+        options = {
+            "crf": str(_QUALITY[codec, content]),
+            "g": str(KEYFRAME_INTERVAL),
+            "keyint_min": str(KEYFRAME_INTERVAL),
+            **_OPTIONS[codec, content],
+        }
+        self._stream = self._container.add_stream(_ENCODERS[codec], rate=fps, options=options)
+        self._stream.width, self._stream.height = width, height
+        self._stream.pix_fmt = "yuv420p"
+        self._range = int(ColorRange.JPEG if content == "flow" else ColorRange.MPEG)
+        context = self._stream.codec_context
+        context.thread_count = 1
+        context.color_range = self._range
+        context.colorspace = context.color_primaries = context.color_trc = _SMPTE170M
+        self._time_base = 1 / fps
+        self.count = 0
+
+    def add(self, picture: I420) -> None:
+        """Encode one frame, uint8 [H * 3 / 2, W]."""
+        frame = av.VideoFrame.from_ndarray(picture, format="yuv420p")
+        frame.color_range = self._range
+        frame.colorspace = _SMPTE170M
+        frame.color_primaries = ColorPrimaries.SMPTE170M
+        frame.color_trc = ColorTrc.SMPTE170M
+        frame.pts, frame.time_base = self.count, self._time_base
+        self._container.mux(self._stream.encode(frame))
+        self.count += 1
+
+    def finish(self) -> bytes:
+        """The whole file."""
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        return self._buffer.getvalue()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredVideo:
+    """What a stored video says about itself; `full_range` and `codec` are read from the bitstream."""
+
+    codec: str
+    width: int
+    height: int
+    num_frames: int
+    full_range: bool
+
+
+def inspect_video(data: bytes, key: str) -> StoredVideo:
+    """Read a stored video's properties; decodes its first frame only.
+
+    The range is read by a decoder that never saw the container, because NVDEC believes the bitstream alone.
+
+    Raises:
+        DecodeError: the video cannot be read.
+    """
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            stream = container.streams.video[0]
+            codec = stream.codec_context.name
+            decoder = av.CodecContext.create(codec, "r")
+            decoder.extradata = stream.codec_context.extradata
+            decoder.thread_count = 1
+            frames: list[Any] = []
+            for packet in container.demux(stream):
+                frames += decoder.decode(packet if packet.size else None)
+                if frames:
+                    break
+            return StoredVideo(
+                codec=codec,
+                width=frames[0].width,
+                height=frames[0].height,
+                num_frames=stream.frames,
+                full_range=frames[0].color_range == ColorRange.JPEG,
+            )
+    except (av.error.FFmpegError, ValueError, IndexError) as error:
+        raise DecodeError(key, _reason(error)) from error
+
+
+def decode_luma(data: bytes, key: str) -> Iterator[npt.NDArray[np.uint8]]:
+    """The luma planes of a stored video, uint8 [H, W] each, exactly as coded; DecodeError where damaged."""
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"
+            for frame in container.decode(stream):
+                plane = frame.planes[0]
+                rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+                yield rows[: frame.height, : frame.width].copy()
+    except (av.error.FFmpegError, ValueError, IndexError) as error:
+        raise DecodeError(key, _reason(error)) from error
+
+
+def gray(picture: I420) -> npt.NDArray[np.uint8]:
+    """The gray picture of an I420 frame, uint8 [H, W], black 0 and white 255."""
+    return _GRAY_OF_LUMA[picture[: picture.shape[0] * 2 // 3]]
+
+
+def flow_picture(codes: npt.NDArray[np.uint8]) -> I420:
+    """The I420 frame of one stacked flow plane, uint8 [2h, w]; chroma is 128, so that R = G = B = code."""
+    height, width = codes.shape
+    return np.concatenate([codes, np.full((height // 2, width), 128, np.uint8)])
+
+
+def stored_size(
+    width: int, height: int, *, codec: Codec, short_side: int | None, size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Width and height at which a source of the given displayed size is stored.
+
+    Either `size` as it is, or the short side brought to `short_side` and the long side to the multiple of 16
+    nearest to the aspect ratio. Below the codec's minimum the picture is scaled up to it.
+    """
+    if size is not None:
+        return size
+    assert short_side is not None
+    scale = short_side / min(width, height)
+    least = MINIMUM[codec]
+    scale = max(scale, least[0] / width, least[1] / height)
+    return _to_block(width * scale), _to_block(height * scale)
+
+
+def flow_size(width: int, height: int, *, codec: Codec, scale: float) -> tuple[int, int]:
+    """Width and height of one flow plane beside an RGB video of the given size.
+
+    The video holds two planes on top of each other, so the height is a multiple of 8. The width goes to the
+    nearest multiple of 16 (half up), so the two scales may differ a little: readers take them from the
+    sizes. Both respect the codec's minimum.
+    """
+    least_width, least_height = MINIMUM[codec]
+    flow_width = max(_to_block(width * scale), least_width)
+    flow_height = max(_to_block(2 * height * scale), least_height) // 2
+    return min(flow_width, width), min(flow_height, height)
+
+
+def _to_block(length: float) -> int:
+    return max(1, int(length / BLOCK + 0.5)) * BLOCK
+
+
+def _rotate(picture: I420, quarter_turns: int) -> I420:
+    height, width = picture.shape[0] * 2 // 3, picture.shape[1]
+    chroma = picture[height:].reshape(2, height // 2, width // 2)
+    planes = [np.rot90(plane, quarter_turns) for plane in (picture[:height], chroma[0], chroma[1])]
+    luma = planes[0]
+    return np.concatenate([luma, *(plane.reshape(-1, luma.shape[1]) for plane in planes[1:])])
+
+
+def _matrix(colorspace: int) -> Colorspace:
+    # Untagged video is taken for BT.601 whatever its size, as swscale and DALI do.
+    known = {1: Colorspace.ITU709, 4: Colorspace.FCC, 7: Colorspace.SMPTE240M}
+    known.update(dict.fromkeys((9, 10), Colorspace.BT2020))
+    return known.get(colorspace, Colorspace.ITU601)
+
+
+def _reason(error: BaseException) -> str:
+    # FFmpeg's errors repeat the file's path after the message.
+    strerror = getattr(error, "strerror", None)
+    return str(strerror or error) or type(error).__name__

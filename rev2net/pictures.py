@@ -1,0 +1,82 @@
+"""Pictures of what was learned, as matplotlib figures for MLflow."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen on a cluster
+
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.utils import flow_to_image
+
+from dataloaders.batch import ClipBatch
+from rev2net.models.rev2net import Rev2Net
+
+
+def confusion_matrix(counts: npt.NDArray[np.int64], classes: tuple[str, ...], title: str) -> Figure:
+    """Rows are true classes, colours are shares of the row; counts are written where there is room."""
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    side = min(16.0, max(5.0, 0.35 * len(classes) + 2.5))
+    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    axes.set(title=title, xlabel="predicted", ylabel="true")
+    if len(classes) <= 60:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= 20:
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, str(count), ha="center", va="center", color=colour)
+    figure.colorbar(image, shrink=0.7, label="share of the class")
+    return figure
+
+
+@torch.no_grad()
+def decoders(network: Rev2Net, batch: ClipBatch, title: str, columns: int = 8) -> Figure:
+    """The first clip of a batch: input frames, reversed-frame reconstruction, target and predicted flow.
+
+    Flow in the usual colour wheel (hue = direction, saturation = speed), both rows on one scale.
+    """
+    network.eval()
+    output = network.heads(batch.video[:1])
+    picked = np.linspace(0, batch.video.shape[2] - 1, columns).round().astype(int).tolist()
+    rows: list[tuple[str, list[Tensor]]] = [("input", [_picture(batch.video[0, :, t]) for t in picked])]
+    if output.frames is not None:
+        # Turned round again, so that each reconstruction stands under the frame that it should be.
+        frames = output.frames[0].flip(1)
+        rows.append(("reconstruction\n(turned round)", [_picture(frames[:, t]) for t in picked]))
+    if output.flow is not None and batch.flow is not None:
+        scale = float(batch.flow[0, :, picked].norm(dim=0).quantile(0.98).clamp_min(1e-3))
+        for name, flow in (("target flow", batch.flow[0]), ("predicted flow", output.flow[0])):
+            rows.append((name, [_colours(flow[:, t], scale) for t in picked]))
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(1.5 * columns, 1.6 * len(rows) + 0.4), squeeze=False, layout="constrained"
+    )
+    figure.suptitle(title)
+    for (name, pictures), line in zip(rows, axes, strict=True):
+        for t, picture, axis in zip(picked, pictures, line, strict=True):
+            axis.imshow(picture.permute(1, 2, 0).cpu().numpy())
+            axis.set(xticks=[], yticks=[])
+            if line is axes[0]:
+                axis.set_title(f"frame {t}", fontsize=8)
+        line[0].set_ylabel(name, fontsize=9)
+    return figure
+
+
+def _picture(frame: Tensor) -> Tensor:
+    return ((frame.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def _colours(flow: Tensor, scale: float) -> Tensor:
+    # flow_to_image scales by the largest vector: a corner pixel of length 1 fixes the scale of every picture.
+    flow = flow.float() / scale
+    flow = flow / flow.norm(dim=0, keepdim=True).clamp_min(1.0)
+    flow = flow.clone()
+    flow[:, 0, 0] = torch.tensor([1.0, 0.0], device=flow.device)
+    return flow_to_image(flow)  # type: ignore[no-any-return]

@@ -1,0 +1,369 @@
+"""The training loop. Run it alone, under `deepspeed`, torchrun or submitit: it is the same function."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dataloaders.batch import ClipBatch
+from dataloaders.errors import UserError
+from dataloaders.keyed import hash64
+from dataloaders.loader import EvalLoader, TrainLoader
+from dataloaders.plan import Augment, ClipShape, Views
+from dataloaders.shards import DataSet
+from rev2net import checkpoint, pictures
+from rev2net.config import Config, to_steps
+from rev2net.distributed import Ranks, join, read_ranks
+from rev2net.engine import Engine, build_encoder, build_engine, build_network, micro_batches
+from rev2net.evaluate import Metrics, decoder_errors, merge, metrics, score
+from rev2net.models.rev2net import Rev2Net
+from rev2net.models.weights import load_i3d
+from rev2net.optim import Schedule, build_schedule
+from rev2net.progress import Profile, StepLog
+from rev2net.tracking import Tracker
+
+log = logging.getLogger("rev2net")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """How a training ended.
+
+    Attributes:
+        step: optimizer steps done.
+        finished: False where a stop was requested before the end.
+        metrics: accuracy and decoder errors on the validation split (`val/...`); empty if not finished.
+        checkpoint: the last checkpoint.
+        run_id: the MLflow run, or None.
+        tracking_uri: where that run is kept.
+    """
+
+    step: int
+    finished: bool
+    metrics: dict[str, float]
+    checkpoint: str
+    run_id: str | None
+    tracking_uri: str
+
+
+def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False) -> TrainResult:
+    """Train as configured, going on from the output folder's last checkpoint if there is one.
+
+    Args:
+        config: the experiment.
+        stop_requested: looked at once a step; when it is true on any rank, all ranks save together and return.
+
+    Raises:
+        UserError: the configuration does not fit the data, the ranks or the checkpoint.
+        NonFiniteLossError: a loss became NaN or infinite.
+        OSError: a checkpoint could not be written.
+    """
+    done = _finished(config)
+    if done is not None:
+        log.info("%s is complete (step %d): nothing to do; choose another output= to train again", config.output, done.step)
+        return done
+    run = TrainingRun(config)
+    with ExitStack() as stack:
+        stack.enter_context(run.tracker)
+        stack.callback(run.loader.close)
+        stopped = False
+        while run.step < run.total and not stopped:
+            scalars, stopped = run.train_step(stop_requested())
+            run.report(scalars)
+            if stopped or run.step == run.total or run.due(config.train.checkpoint_every):
+                run.save()
+            if run.step < run.total and config.train.eval_every and run.due(config.train.eval_every):
+                run.evaluate()
+        return run.finish(stopped)
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss became NaN or infinite; the message names the ranks and the samples."""
+
+
+class TrainingRun:
+    """Everything that the loop drives: data, engine, schedule, log, tracker, and the step it stands at."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.ranks: Ranks = read_ranks()
+        self.accumulation = micro_batches(config, self.ranks)
+        self.data = open_data(config)
+        samples = self.data.num_samples(config.data.train_split)
+        batch = config.train.global_batch
+        self._in_steps = lambda text, name: to_steps(text, name, global_batch=batch, epoch_samples=samples)
+        self.total: int = self._in_steps(config.train.duration, "train.duration")
+        self.schedule: Schedule = build_schedule(config, total=self.total, epoch_samples=samples)
+        self.folder = Path(config.output) / "checkpoints"
+        join(self.ranks, config.train.threads)
+        resumed = self.ranks.broadcast(checkpoint.latest(self.folder) if self.ranks.first else None)
+        self.engine, state = self._start_engine(resumed)
+        self.step: int = state.step if state else 0
+        self.tracker = Tracker(config, active=self.ranks.first, run_id=state.run_id if state else None)
+        self.run_id = self.ranks.broadcast(self.tracker.run_id)
+        self.loader = self._train_loader()
+        self._batches: Iterator[ClipBatch] = iter(self.loader)
+        self.log = StepLog(total=self.total, first=self.step, batch=batch, every=config.train.log_every, ranks=self.ranks)
+        self.profile = Profile(config.profile.steps if self.ranks.first else None, Path(config.output))
+        if self.ranks.first:
+            Path(config.output).mkdir(parents=True, exist_ok=True)
+            (Path(config.output) / "config.yaml").write_text(config.yaml())
+        self._announce(resumed)
+
+    def _start_engine(self, resumed: Path | None) -> tuple[Engine, checkpoint.RunState | None]:
+        torch.manual_seed(hash64(self.config.train.seed) % 2**63)  # starting weights, the same on every rank
+        network = build_network(self.config, len(self.data.classes))
+        if resumed is None:
+            if self.config.init_from is not None:
+                start_from(network, self.config.init_from)
+            return build_engine(self.config, self.ranks, network), None
+        state = checkpoint.read_state(resumed)
+        if state.classes != self.data.classes:
+            raise UserError(
+                f"{resumed} was trained on {len(state.classes)} classes that are not those of {self.config.data.path}: "
+                "choose another output= or use init_from="
+            )
+        checkpoint.load_weights(network, resumed)
+        if state.world_size == self.ranks.world_size:
+            checkpoint.load_own_buffers(network, resumed, self.ranks)
+        engine = build_engine(self.config, self.ranks, network)
+        checkpoint.restore_optimizer(engine, checkpoint.read_tensors(resumed, "optimizer"), state.step)
+        return engine, state
+
+    def _train_loader(self) -> TrainLoader:
+        config = self.config
+        return TrainLoader(
+            self.data,
+            config.data.train_split,
+            shape=clip_shape(config),
+            augment=Augment(**config.augment.model_dump()),
+            seed=config.train.seed,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            backend=config.loader.backend,
+            workers=config.loader.workers,
+            prefetch=config.loader.prefetch,
+            pipelines_per_gpu=config.loader.pipelines_per_gpu,
+            device=self.ranks.device,
+            with_flow="flow" in config.decoders,
+            start_step=self.step,
+        )
+
+    def _announce(self, resumed: Path | None) -> None:
+        parameters = sum(p.numel() for p in build_encoder(self.config.model, len(self.data.classes)).parameters())
+        log.info(
+            "%s with %s on %s: %d clips, %d classes, %d steps of %d clips on %d %s rank(s), encoder of %.1f M parameters",
+            self.config.model.name,
+            " and ".join(self.config.decoders) + " decoder" if self.config.decoders else "no decoder",
+            self.config.data.path,
+            self.data.num_samples(self.config.data.train_split),
+            len(self.data.classes),
+            self.total,
+            self.config.train.global_batch,
+            self.ranks.world_size,
+            self.ranks.device.type,
+            parameters / 1e6,
+        )
+        if resumed is not None:
+            log.info("going on from %s at step %d", resumed, self.step)
+
+    def train_step(self, stop: bool) -> tuple[dict[str, float], bool]:
+        """One optimizer step. Returns the scalars averaged over the global batch, and if any rank wants to stop."""
+        self.engine.set_rate(self.schedule.rate(self.step))
+        sums: dict[str, Tensor] = {}
+        keys: list[str] = []
+        for index in range(self.accumulation):
+            batch = next(self._batches).to(self.ranks.device, channels_last=self.config.train.channels_last)
+            keys += batch.keys
+            for name, value in self.engine.forward_backward(batch, self.step, index).items():
+                sums[name] = sums.get(name, 0.0) + value / self.accumulation  # type: ignore[operator]
+            if index == self.accumulation - 1:
+                scalars, stopped = self._agree(sums, stop, keys)
+            self.engine.micro_step()
+        self.step += 1
+        self.profile.step(self.step)
+        return scalars, stopped
+
+    def _agree(self, sums: dict[str, Tensor], stop: bool, keys: list[str]) -> tuple[dict[str, float], bool]:
+        """Average the scalars and spread the wish to stop, in one collective, before the optimizer steps."""
+        own = torch.stack([*sums.values(), torch.tensor(float(stop), device=self.ranks.device)])
+        *values, stops = self.ranks.mean(own.clone()).tolist()
+        if not all(map(math.isfinite, values)):
+            reports = self.ranks.gather((own.isfinite().all().item(), keys))
+            bad = "; ".join(f"rank {r} (clips {', '.join(k)})" for r, (fine, k) in enumerate(reports) if not fine)
+            raise NonFiniteLossError(
+                f"the loss of step {self.step + 1} is not finite on {bad}; the weights were not changed, the last "
+                f"checkpoint is {checkpoint.latest(self.folder)}"
+            )
+        return dict(zip(sums, values, strict=True)), stops > 0
+
+    def report(self, scalars: dict[str, float]) -> None:
+        """Log line and MLflow metrics, every `train.log_every` steps, averaged over them."""
+        line = self.log.add(self.step, scalars, self.schedule.rate(self.step - 1), self.loader.wait_seconds)
+        if line is not None:
+            self.tracker.metrics(line, self.step)
+
+    def due(self, every: str | int) -> bool:
+        """True at the steps that are multiples of a duration."""
+        return self.step % max(1, self._in_steps(every, "interval")) == 0
+
+    def save(self) -> None:
+        """Write a checkpoint. A collective."""
+        state = checkpoint.RunState(
+            step=self.step,
+            run_id=self.run_id,
+            classes=self.data.classes,
+            world_size=self.ranks.world_size,
+            config=self.config.model_dump(mode="json"),
+        )
+        path = checkpoint.save(self.engine, self.folder, state, self.config.train.keep_checkpoints)
+        log.info("saved %s", path)
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy of the test-time network, and the decoders' errors, on the validation split. A collective."""
+        weights = checkpoint.gather_weights(self.engine)
+        network = build_network(without_imagenet(self.config), len(self.data.classes))
+        network.load_state_dict(weights)
+        network = network.to(self.ranks.device, memory_format=torch.channels_last_3d).eval()
+        accuracy = evaluate_split(network, self.data, self.config, self.ranks)
+        values = {"val/top1": accuracy.top1, "val/top5": accuracy.top5, "val/mean_class": accuracy.mean_class}
+        if self.config.decoders:
+            loader = eval_loader(self.data, self.config, self.ranks, "1x1", with_flow="flow" in self.config.decoders)
+            errors = decoder_errors(network, loader, ranks=self.ranks, precision=self.config.train.precision)
+            loader.close()
+            values |= {f"val/{name}": value for name, value in errors.items()}
+        log.info("step %d, validation: %s", self.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        self.tracker.metrics(values, self.step)
+        self._draw(network, accuracy)
+        return values
+
+    def _draw(self, network: Rev2Net, accuracy: Metrics) -> None:
+        if not self.ranks.first:
+            return
+        title = f"step {self.step}: top-1 {accuracy.top1:.1%} of {accuracy.videos} videos"
+        figure = pictures.confusion_matrix(accuracy.confusion, self.data.classes, title)
+        self.tracker.figure(figure, "confusion_matrix.png")
+        figure.savefig(Path(self.config.output) / "confusion_matrix.png")
+        if self.config.decoders:
+            alone = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=self.ranks.device)
+            loader = eval_loader(self.data, self.config, alone, "1x1", with_flow="flow" in self.config.decoders)
+            batch = next(iter(loader)).to(self.ranks.device, channels_last=True)
+            loader.close()
+            figure = pictures.decoders(network, batch, f"step {self.step}: {batch.keys[0]}")
+            self.tracker.figure(figure, "decoders.png")
+            figure.savefig(Path(self.config.output) / "decoders.png")
+
+    def finish(self, stopped: bool) -> TrainResult:
+        """Evaluate if the run is complete, and write `result.json`."""
+        self.profile.close()
+        self.log.close()
+        finished = self.step >= self.total
+        result = TrainResult(
+            step=self.step,
+            finished=finished,
+            metrics=self.evaluate() if finished else {},
+            checkpoint=str(checkpoint.latest(self.folder)),
+            run_id=self.run_id,
+            tracking_uri=self.tracker.uri,
+        )
+        if stopped and not finished:
+            log.info("stopped at step %d as requested; the same command goes on from there", self.step)
+        if finished and self.ranks.first:
+            (Path(self.config.output) / "result.json").write_text(json.dumps(asdict(result), indent=1))
+        self.ranks.barrier()
+        return result
+
+
+def open_data(config: Config) -> DataSet:
+    """The data set, checked against what the configuration wants of it.
+
+    Raises:
+        UserError: no such folder, no such split, no flow where the flow decoder needs it, too few samples.
+    """
+    data = DataSet.open(config.data.path)
+    for split in (config.data.train_split, config.data.val_split):
+        data.shards(split)
+    if "flow" in config.decoders and not data.has_flow:
+        raise UserError(
+            f"{config.data.path} was prepared without flow, which model.flow_decoder=true needs: "
+            "prepare it again without --no-flow, or set model.flow_decoder=false loss.ddp=none"
+        )
+    return data
+
+
+def clip_shape(config: Config) -> ClipShape:
+    """The configured clip."""
+    return ClipShape(
+        frames=config.data.frames, height=config.data.size, width=config.data.size, stride=config.data.stride
+    )
+
+
+def eval_loader(
+    data: DataSet, config: Config, ranks: Ranks, views: str, *, with_flow: bool = False, backwards: bool = False
+) -> EvalLoader:
+    """This rank's part of the validation split in the given views."""
+    return EvalLoader(
+        data,
+        config.data.val_split,
+        shape=clip_shape(config),
+        views=Views.parse(views),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        batch_size=config.eval.batch,
+        backend=config.loader.backend,
+        workers=config.loader.workers,
+        device=ranks.device,
+        with_flow=with_flow,
+        backwards=backwards,
+    )
+
+
+def evaluate_split(
+    network: torch.nn.Module, data: DataSet, config: Config, ranks: Ranks, *, backwards: bool = False
+) -> Metrics:
+    """Accuracy on the validation split under `eval.views`; every rank gets the result. A collective."""
+    loader = eval_loader(data, config, ranks, config.eval.views, backwards=backwards)
+    scores = score(network, loader, device=ranks.device, precision=config.train.precision)
+    loader.close()
+    for failure in loader.failed:
+        scores.fail(failure.sample, failure.label, failure.reason)
+    whole = merge(ranks.gather(scores))
+    for sample, (_, reason) in sorted(whole.failed.items()):
+        log.warning("video %d of %s could not be decoded and counts as wrong: %s", sample, config.data.path, reason)
+    return metrics(whole, len(data.classes))
+
+
+def without_imagenet(config: Config) -> Config:
+    """The same configuration for a network whose weights come from elsewhere."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"imagenet": None})})
+
+
+def start_from(network: Rev2Net, path: str) -> None:
+    """`init_from`: a checkpoint of ours or a published I3D file; a head for other classes is replaced.
+
+    Raises:
+        UserError: neither of the two, or another architecture.
+    """
+    file = Path(path)
+    if file.is_dir() or not file.exists():
+        file = checkpoint.find(path) / "weights.safetensors"
+    report = load_i3d(network.encoder, file)
+    log.info("starting from %s: %s", path, report)
+
+
+def _finished(config: Config) -> TrainResult | None:
+    file = Path(config.output) / "result.json"
+    if not file.is_file():
+        return None
+    result = TrainResult(**json.loads(file.read_text()))
+    return result if Path(result.checkpoint).is_dir() else None

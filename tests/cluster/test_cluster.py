@@ -1,0 +1,299 @@
+"""The cluster package: scripts against golden files, and real tasks, signals and requeues on this machine."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cloudpickle  # type: ignore[import-untyped]
+import pytest
+
+from cluster.cli import main
+from cluster.doctor import conv3d_warning, diagnose
+from cluster.site import Site, load_site
+from cluster.submit import Placement, submit_local, wait_local
+from cluster.task import Task, TrainWork
+from rev2net.config import load_config
+
+GOLDEN = Path(__file__).parent / "golden"
+EXAMPLE = Path(__file__).parents[2] / "configs" / "cluster" / "example.yaml"
+
+# The tasks below run in processes that cannot import this file.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text("output: out\ndata:\n  path: data\ntrain:\n  global_batch: 64\n  micro_batch: 8\n")
+    return path
+
+
+def normalised(script: str, folder: Path) -> str:
+    return script.replace(str(folder), "FOLDER").replace(shlex.quote(sys.executable), "PYTHON")
+
+
+@pytest.mark.parametrize(
+    ("golden", "options"),
+    [
+        ("gpus.sh", ["--nodes", "2", "--gpus-per-node", "4", "--site", str(EXAMPLE), "train.seed=1"]),
+        ("cpus.sh", ["model.name=i3d", "--tasks-per-node", "2", "loss.ddp=none"]),
+    ],
+)
+def test_dry_run_prints_the_golden_script(
+    golden: str, options: list[str], config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "jobs"
+    assert main(["submit", str(config), "--dry-run", "--folder", str(folder), *options]) == 0
+    assert normalised(capsys.readouterr().out, folder) == (GOLDEN / golden).read_text()
+    assert not folder.exists()
+
+
+def test_site_reaches_the_script_quoted(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("qos: high\nconstraint: a100|h100\nmemory_gb: 1.5\nenv: {A: 'two words; $HOME', B: 3}\n")
+    assert main(["submit", str(config), "--gpus-per-node", "1", "--site", str(site), "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    for line in (
+        "#SBATCH --qos=high",
+        "#SBATCH --constraint='a100|h100'",
+        "#SBATCH --mem=1536M",
+        "export A='two words; $HOME'",
+        "export B=3",
+    ):
+        assert line in script.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("partitoin: gpu", "'partition'"),
+        ("time_minutes: soon", "time_minutes='soon'"),
+        ("time_minutes: 1", "signal_delay_s=120 leaves no time"),
+        ("env: {A: [1]}", "env.A=[1]"),
+        ("- a", "mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_p12_site_file_mistakes_are_one_sentence(
+    text: str, expected: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(text)
+    assert main(["submit", str(config), "--gpus-per-node", "1", "--dry-run", "--site", str(site)]) == 2
+    assert_one_sentence(capsys, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--gpus-per-node", "1"], "no sbatch"),
+        ([], "--gpus-per-node G"),
+        (["--nodes", "0", "--gpus-per-node", "1"], "--nodes 0"),
+        (["--gpus-per-node", "2", "--tasks-per-node", "3"], "differs"),
+        (["--gpus-per-node", "3", "--dry-run"], "multiple of 24"),
+        (["--gpus-per-node", "1", "--dry-run", "train.sed=1"], "train.seed"),
+        (["--gpus-per-node", "1", "--dry-run", "--site", "missing.yaml"], "missing.yaml"),
+        (["--tasks-per-node", "1", "--executor", "local", "--nodes", "2"], "--nodes 1"),
+        (["--tasks-per-node", "1", "--executor", "local", "--dry-run"], "--dry-run"),
+        (["--tasks-per-node", "1", "--partition", "gpu"], "--partition"),
+        (["--gpus-per-node", "many"], "many"),
+    ],
+)
+def test_p12_submit_mistakes_are_one_sentence(
+    options: list[str],
+    expected: str,
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # No Slurm, also where one is installed.
+    assert main(["submit", str(config), "--folder", str(tmp_path / "jobs"), *options]) == 2
+    assert_one_sentence(capsys, expected)
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_p12_a_refusal_by_sbatch_is_one_sentence(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("sbatch", "srun"):
+        script = tmp_path / command
+        script.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2\nexit 1\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert main(["submit", str(config), "--gpus-per-node", "1", "--folder", str(tmp_path / "jobs")]) == 2
+    assert_one_sentence(capsys, "invalid partition")
+
+
+def assert_one_sentence(capsys: pytest.CaptureFixture[str], expected: str) -> None:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert expected in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_example_site_file_is_valid() -> None:
+    assert load_site(EXAMPLE).partition == "gpu"
+
+
+def test_the_configuration_travels_with_the_job(config: Path) -> None:
+    """Editing the file while the job waits, or between a preemption and its requeue, changes nothing."""
+    task = Task(work=TrainWork(config=load_config(config, ["train.seed=7"])))
+    data = cloudpickle.dumps(task)
+    config.unlink()
+    assert pickle.loads(data) == task  # noqa: S301 - written three lines above
+
+
+def test_local_tasks_all_reduce_over_gloo(tmp_path: Path) -> None:
+    def work(stop_requested: Any) -> bool:
+        import os
+
+        import torch
+        from torch import distributed
+
+        distributed.init_process_group("gloo")
+        total = torch.tensor([float(os.environ["RANK"]) + 1])
+        distributed.all_reduce(total)
+        print(f"sum {total.item()} of {os.environ['WORLD_SIZE']} {os.environ['LETTER']}", flush=True)
+        distributed.destroy_process_group()
+        return True
+
+    job = start(work, tmp_path, Site(time_minutes=5, env={"LETTER": "x"}))
+    assert wait_local(job) is None
+    assert "LETTER" not in os.environ
+    for rank in range(2):
+        assert "sum 3.0 of 2 x" in job.task(rank).stdout()
+
+
+def test_p12_a_mistake_found_on_the_nodes_is_one_sentence(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--tasks-per-node", "1", "--executor", "local", "--folder", str(tmp_path / "jobs")]
+    assert main(["submit", str(config), *options, f"data.path={tmp_path}/nowhere", f"output={tmp_path}/out"]) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/nowhere does not exist" in error
+    assert len(error.splitlines()) == 1
+    (log,) = (tmp_path / "jobs").glob("*_log.err")
+    assert "Traceback" not in log.read_text()
+
+
+def test_p7_a_signal_to_one_rank_stops_all_and_requeues(tmp_path: Path) -> None:
+    """SIGUSR2 reaches rank 1 only; both ranks agree at a step boundary, and the job starts again and finishes."""
+    job = start(stoppable_work(tmp_path), tmp_path, Site(time_minutes=5))
+    os.kill(wait_for_pid(tmp_path / "pid-1"), signal.SIGUSR2)
+    assert wait_local(job) is None
+    assert (tmp_path / "starts-0").read_text() == (tmp_path / "starts-1").read_text() == "xx"
+    assert (tmp_path / "stopped-0").read_text() == (tmp_path / "stopped-1").read_text() != ""
+
+
+def test_p7_sigterm_stops_together_and_does_not_requeue(tmp_path: Path) -> None:
+    """After `scancel` the state is saved, but the job must stay cancelled."""
+    job = start(stoppable_work(tmp_path), tmp_path, Site(time_minutes=5))
+    pids = [wait_for_pid(tmp_path / f"pid-{rank}") for rank in range(2)]
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    assert wait_local(job) is not None
+    assert (tmp_path / "starts-0").read_text() == (tmp_path / "starts-1").read_text() == "x"
+    assert (tmp_path / "stopped-0").read_text() == (tmp_path / "stopped-1").read_text() != ""
+    assert "does not requeue" in job.task(0).stdout()
+    assert not job.task(0).paths.result_pickle.exists()
+
+
+def start(work: Any, folder: Path, site: Site) -> Any:
+    placement = Placement.from_options(nodes=1, gpus_per_node=None, tasks_per_node=2)
+    return submit_local(Task(work=work), placement=placement, site=site, folder=folder / "jobs")
+
+
+def stoppable_work(folder: Path) -> Any:
+    def work(stop_requested: Any) -> bool:
+        """A loop as in training: the first start runs until all ranks agree to stop, the second one finishes."""
+        import os
+        import time
+
+        import torch
+        from torch import distributed
+
+        distributed.init_process_group("gloo")
+        rank = distributed.get_rank()
+        with (folder / f"starts-{rank}").open("a") as starts:
+            starts.write("x")
+        if (folder / "saved").exists():
+            return True
+        pid = folder / f"pid-{rank}.part"
+        pid.write_text(str(os.getpid()))
+        for step in range(3000):
+            stop = torch.tensor([float(stop_requested())])
+            distributed.all_reduce(stop)
+            if step == 0:
+                pid.rename(folder / f"pid-{rank}")
+            if stop.item():
+                (folder / f"stopped-{rank}").write_text(f"step {step}")
+                distributed.barrier()
+                (folder / "saved").touch()
+                distributed.destroy_process_group()
+                return False
+            time.sleep(0.01)
+        raise RuntimeError("no signal came")
+
+    return work
+
+
+def wait_for_pid(path: Path) -> int:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} did not start"
+        time.sleep(0.05)
+    return int(path.read_text())
+
+
+def test_doctor_reports_every_part(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a-000000.tar").write_bytes(bytes(1 << 20))
+    assert main(["doctor", "--processes", "2", "--storage", str(tmp_path)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert all(line.split()[0] in ("ok", "warn") for line in lines)
+    text = "\n".join(lines)
+    for part in ("torch ", "deepspeed ", "DALI ", "webdataset ", "mlflow ", "cuDNN ", "all-reduce, 2 x "):
+        assert part in text
+    cpu = next(line for line in lines if "DALI codecs, CPU" in line)
+    assert "vp9" in cpu.split("refuses")[0]
+    assert "read 1 MB" in text
+    assert "64 MiB" in text
+
+
+def test_doctor_fails_on_a_package_that_does_not_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    row = next(row for row in diagnose(processes=1, storage=None) if row.name == "webdataset")
+    assert row.state == "FAIL"
+    assert "does not import" in row.text
+
+
+@pytest.mark.parametrize("options", [["--storage", "missing"], ["--processes", "0"], ["extra=1"]])
+def test_p12_doctor_mistakes_are_one_sentence(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *options]) == 2
+    assert_one_sentence(capsys, options[0])
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "cudnn", "expected"),
+    [
+        ("2.8.0+cu128", 91002, "wrong results"),
+        ("2.8.0+cu128", 90800, "wrong results"),
+        ("2.8.0+cu126", 90501, None),
+        ("2.9.1+cu128", 91002, "memory"),
+        ("2.9.1+cu128", 91500, None),
+        ("2.14.1", 91500, None),
+        ("2.14.1+cpu", None, None),
+    ],
+)
+def test_known_bad_convolutions(torch_version: str, cudnn: int | None, expected: str | None) -> None:
+    warning = conv3d_warning(torch_version, cudnn)
+    assert (warning is None) if expected is None else (warning is not None and expected in warning)

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_data import make_dataset
+
+from dataloaders.batch import ClipBatch
+from dataloaders.bench import add_bench_arguments, run_bench
+from dataloaders.errors import UserError
+from dataloaders.lanes import choose_backend
+from dataloaders.loader import EvalLoader, TrainLoader
+from dataloaders.plan import Augment, ClipShape, Views
+from dataloaders.shards import DataSet
+
+SHAPE = ClipShape(frames=8, height=32, width=32)
+JITTER = Augment(brightness=0.2, hue=0.1)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    """Ten samples in three shards, with half-size flow."""
+    return make_dataset(tmp_path_factory.mktemp("tiny"), shard_sizes=(4, 5, 1), flow_size=(32, 48))
+
+
+def train(dataset: DataSet, **settings: Any) -> TrainLoader:
+    wanted = {
+        "shape": SHAPE,
+        "augment": JITTER,
+        "seed": 0,
+        "global_batch": 4,
+        "micro_batch": 4,
+        "backend": "pyav",
+        **settings,
+    }
+    return TrainLoader(dataset, "train", **wanted)
+
+
+def take(loader: TrainLoader, count: int) -> list[ClipBatch]:
+    with loader:
+        return [batch for batch, _ in zip(loader, range(count), strict=False)]
+
+
+def join(batches: Iterable[ClipBatch]) -> dict[str, Any]:
+    parts = list(batches)
+    joined: dict[str, Any] = {"keys": [key for part in parts for key in part.keys]}
+    for name in ("video", "flow", "label", "sample", "view"):
+        joined[name] = torch.cat([getattr(part, name) for part in parts])
+    return joined
+
+
+def assert_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert got["keys"] == expected["keys"]
+    for name in ("video", "flow", "label", "sample", "view"):
+        assert torch.equal(got[name], expected[name]), name
+
+
+def test_p1_batches_are_equal_for_every_world_size_micro_batch_and_number_of_workers(dataset: DataSet) -> None:
+    steps = 3
+    expected = join(take(train(dataset, with_flow=True), steps))
+    assert expected["video"].shape == (12, 3, 8, 32, 32) and expected["flow"].shape == (12, 2, 8, 32, 32)
+    for world, micro, workers in [(1, 1, 3), (1, 2, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]:
+        per_step = 4 // world // micro
+        ranks = [
+            take(
+                train(dataset, with_flow=True, world_size=world, rank=r, micro_batch=micro, workers=workers),
+                steps * per_step,
+            )
+            for r in range(world)
+        ]
+        batches = [
+            batch
+            for step, rank in itertools.product(range(steps), range(world))
+            for batch in ranks[rank][step * per_step : (step + 1) * per_step]
+        ]
+        assert_same(join(batches), expected)
+
+
+@pytest.mark.parametrize("pipelines", [1, 2])
+def test_p3_dali_gives_the_batches_of_pyav(dataset: DataSet, pipelines: int) -> None:
+    pyav = join(take(train(dataset, with_flow=True, micro_batch=2), 8))
+    dali = join(take(train(dataset, with_flow=True, micro_batch=2, backend="dali", pipelines_per_gpu=pipelines), 8))
+    assert dali["keys"] == pyav["keys"] and torch.equal(dali["label"], pyav["label"])
+    assert (dali["video"] - pyav["video"]).abs().mean() < 2 / 127.5
+    assert (dali["flow"] - pyav["flow"]).abs().mean() < 1 / 127
+
+
+@pytest.mark.parametrize("pipelines", [1, 3])
+def test_p1_dali_batches_do_not_depend_on_threads_or_pipelines(dataset: DataSet, pipelines: int) -> None:
+    settings: dict[str, Any] = {"with_flow": True, "backend": "dali"}
+    expected = join(take(train(dataset, **settings), 3))
+    got = take(train(dataset, micro_batch=1, workers=3, pipelines_per_gpu=pipelines, **settings), 12)
+    assert_same(join(got), expected)
+
+
+def test_p2_an_epoch_visits_every_sample_once_and_batches_straddle_epochs(dataset: DataSet) -> None:
+    samples = join(take(train(dataset, with_flow=True), 5))["sample"].tolist()
+    assert sorted(samples[:10]) == sorted(samples[10:]) == list(range(10))
+    assert samples[:10] != samples[10:]
+
+
+def test_p4_a_loader_that_starts_at_a_step_goes_on_as_if_it_had_never_stopped(dataset: DataSet) -> None:
+    whole = take(train(dataset, with_flow=True, micro_batch=2), 12)
+    resumed = take(train(dataset, with_flow=True, micro_batch=2, start_step=4), 4)
+    assert_same(join(resumed), join(whole[8:]))
+
+
+def test_labels_and_samples_belong_to_the_keys(dataset: DataSet) -> None:
+    batch = join(take(train(dataset, with_flow=True), 3))
+    assert batch["keys"] == [f"clip{sample:03d}" for sample in batch["sample"].tolist()]
+    assert batch["label"].tolist() == [sample % 3 for sample in batch["sample"].tolist()]
+
+
+def test_without_augmentation_the_crop_is_the_largest(dataset: DataSet) -> None:
+    (batch,) = take(train(dataset, augment=None), 1)
+    assert batch.flow is None and batch.video.shape == (4, 3, 8, 32, 32)
+
+
+@pytest.mark.parametrize("backend", ["pyav", "dali"])
+def test_p8_a_bad_training_sample_is_replaced_by_its_position_alone(tmp_path: Path, backend: str) -> None:
+    broken = make_dataset(tmp_path, broken={3, 7})
+    settings: dict[str, Any] = {"backend": backend, "max_bad": 1.0}
+    loader = train(broken, **settings)
+    batches = take(loader, 6)
+    samples = [sample for batch in batches for sample in batch.sample.tolist()]
+    assert len(samples) == 24 and not {3, 7} & set(samples)
+    assert {key for key, _ in loader.failures} == {"clip003", "clip007"}
+    assert all(reason for _, reason in loader.failures)
+    other = train(broken, micro_batch=1, workers=1, start_step=3, **settings)
+    assert [int(batch.sample) for batch in take(other, 12)] == samples[12:]
+
+
+def test_p8_too_many_bad_samples_stop_the_run_with_a_clear_error(tmp_path: Path) -> None:
+    broken = make_dataset(tmp_path, shard_sizes=(12,), broken={1, 4, 5, 6})
+    message = r"of the last \d+ samples cannot be decoded.*verify"
+    with train(broken) as loader, pytest.raises(RuntimeError, match=message):
+        for _ in range(30):
+            next(loader)
+    assert 5 <= len(loader.failures) < 15
+
+
+def test_p8_few_bad_samples_never_stop_a_run(tmp_path: Path) -> None:
+    broken = make_dataset(tmp_path, broken={2})
+    assert len(take(train(broken), 9)) == 9
+
+
+@pytest.mark.parametrize("backend", ["pyav", "dali"])
+def test_p8_a_failed_video_of_an_evaluation_is_listed_and_not_replaced(tmp_path: Path, backend: Any) -> None:
+    broken = make_dataset(tmp_path, broken={0, 5})
+    _cut_last_sample(broken)
+    views = Views(temporal=2, spatial=1)
+    with EvalLoader(broken, "train", shape=SHAPE, views=views, batch_size=3, backend=backend) as loader:
+        for _ in range(2):
+            seen = [int(sample) for batch in loader for sample in batch.sample]
+            assert sorted(seen) == sorted([*range(1, 5), *range(6, 11)] * 2)
+            assert [(f.sample, f.key, f.label) for f in loader.failed] == [
+                (0, "clip000", 0),
+                (5, "clip005", 2),
+                (11, "clip011", 2),
+            ]
+
+
+def _cut_last_sample(dataset: DataSet) -> None:
+    """As a disk that was full would leave it."""
+    shard = dataset.shards("train")[-1].path
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 11_000)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 13])
+@pytest.mark.parametrize("batch_size", [1, 4, 30])
+def test_p2_evaluation_has_every_view_of_every_video_once(dataset: DataSet, world: int, batch_size: int) -> None:
+    seen: list[tuple[int, int]] = []
+    for rank in range(world):
+        loader = EvalLoader(
+            dataset,
+            "train",
+            shape=SHAPE,
+            views=Views.parse("2x3"),
+            rank=rank,
+            world_size=world,
+            batch_size=batch_size,
+            backend="pyav",
+        )
+        with loader:
+            batches = list(loader)
+        assert len(batches) == len(loader)
+        for batch in batches:
+            seen += zip(batch.sample.tolist(), batch.view.tolist(), strict=True)
+    assert sorted(seen) == [(sample, view) for sample in range(10) for view in range(6)]
+
+
+def test_views_do_not_depend_on_the_batches_they_come_in(dataset: DataSet) -> None:
+    def clips(batch_size: int, backend: Any) -> torch.Tensor:
+        with EvalLoader(
+            dataset, "train", shape=SHAPE, views=Views.parse("2x3"), batch_size=batch_size, backend=backend
+        ) as loader:
+            return torch.cat([batch.video for batch in loader])
+
+    assert torch.equal(clips(4, "pyav"), clips(7, "pyav"))
+    assert (clips(6, "dali") - clips(6, "pyav")).abs().mean() < 2 / 127.5
+
+
+@pytest.mark.parametrize("backend", ["pyav", "dali"])
+def test_whole_videos_come_one_by_one(dataset: DataSet, backend: Any) -> None:
+    with EvalLoader(
+        dataset, "train", shape=SHAPE, views=Views.parse("whole"), backend=backend, with_flow=True
+    ) as loader:
+        lengths = [batch.video.shape[2] for batch in loader]
+    assert lengths == [24, 32, 16] * 3 + [24]
+
+
+def test_backwards_plays_every_clip_in_reverse(dataset: DataSet) -> None:
+    def first(backwards: bool) -> torch.Tensor:
+        with EvalLoader(
+            dataset, "train", shape=SHAPE, views=Views.parse("1x1"), backend="pyav", backwards=backwards
+        ) as loader:
+            return next(iter(loader)).video
+
+    assert torch.equal(first(True), first(False).flip(2))
+
+
+def test_an_error_in_a_lane_is_raised_in_the_consumer_and_leaves_no_thread(tmp_path: Path) -> None:
+    gone = make_dataset(tmp_path)
+    before = threading.active_count()
+    for shard in gone.shards("train"):
+        shard.path.unlink()
+    loader = train(gone)
+    with pytest.raises(UserError, match="is missing"):
+        next(loader)
+    loader.close()
+    assert threading.active_count() == before
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+@pytest.mark.parametrize("backend", ["pyav", "dali"])
+def test_a_process_ends_cleanly_also_when_the_loader_was_not_closed(dataset: DataSet, backend: str) -> None:
+    script = f"""
+from dataloaders.loader import TrainLoader
+from dataloaders.plan import ClipShape
+from dataloaders.shards import DataSet
+loader = TrainLoader(DataSet.open({str(dataset.folder)!r}), "train", shape=ClipShape(frames=8, height=32, width=32),
+    augment=None, seed=0, global_batch=2, micro_batch=1, backend={backend!r}, prefetch=4)
+print(next(loader).keys)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "clip" in done.stdout and done.stderr == ""
+
+
+def test_bench_measures_both_backends_beside_their_decoders(
+    dataset: DataSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_bench_arguments(parser)
+    options = ["--frames", "8", "--size", "32", "--batch", "2", "--seconds", "0.1", "--device", "cpu"]
+    assert run_bench(parser.parse_args([str(dataset.folder), "--flow", *options])) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["backend", "dali", "pyav"]
+    assert all(float(number) > 0 for line in lines[1:] for number in line.split()[1:3])
+    plain = make_dataset(tmp_path, shard_sizes=(2,), codec="h264")
+    assert run_bench(parser.parse_args([str(plain.folder), *options])) == 0
+    assert "--codec vp9" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_waiting_is_measured(dataset: DataSet) -> None:
+    loader = train(dataset)
+    assert loader.wait_seconds == 0
+    take(loader, 2)
+    assert loader.wait_seconds > 0
+
+
+def test_auto_takes_dali_where_it_can_decode(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert choose_backend("auto", "vp9", torch.device("cpu")) == "dali"
+    assert choose_backend("auto", "h264", torch.device("cpu")) == "pyav"
+    assert choose_backend("auto", "h264", torch.device("cuda")) == "dali"
+    assert "DALI decodes vp9" in caplog.text and "PyAV decodes on the CPU" in caplog.text
+
+
+def test_p12_user_errors_say_what_to_do(dataset: DataSet, tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"world_size": 3}, "multiple of 3"),
+        ({"micro_batch": 3}, "choose a divisor"),
+        ({"backend": "opencv"}, "choose auto, dali or pyav"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(UserError, match=message):
+            train(dataset, **settings)
+    plain = make_dataset(tmp_path, shard_sizes=(1,), codec="h264")
+    with pytest.raises(UserError, match="holds no flow"):
+        train(plain, with_flow=True)
+    with pytest.raises(UserError, match="vp9"):
+        train(plain, backend="dali")
+    with pytest.raises(UserError, match="no split 'test'"):
+        EvalLoader(plain, "test", shape=SHAPE, views=Views())
+
+
+def test_h264_works_with_auto(tmp_path: Path) -> None:
+    plain = make_dataset(tmp_path, shard_sizes=(2,), codec="h264")
+    (batch,) = take(train(plain, backend="auto", shape=replace(SHAPE, stride=2)), 1)
+    assert batch.video.shape == (4, 3, 8, 32, 32)

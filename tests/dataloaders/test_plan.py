@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from dataloaders.errors import UserError
+from dataloaders.plan import (
+    IDENTITY_COLOUR,
+    Augment,
+    ClipPlan,
+    ClipShape,
+    Views,
+    flow_crop,
+    train_plan,
+    whole_video,
+)
+from dataloaders.plan import test_views as make_views
+from dataloaders.shards import SampleInfo
+
+
+def info(frames: int = 60, height: int = 256, width: int = 352, flow: tuple[int, int] | None = None) -> SampleInfo:
+    return SampleInfo(
+        key="k",
+        label=0,
+        class_name="a",
+        source="s",
+        num_frames=frames,
+        fps=25.0,
+        height=height,
+        width=width,
+        flow_height=flow[0] if flow else None,
+        flow_width=flow[1] if flow else None,
+    )
+
+
+SHAPE = ClipShape(frames=16, height=112, width=112)
+JITTER = Augment(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+
+
+def draw(
+    video: SampleInfo,
+    shape: ClipShape = SHAPE,
+    augment: Augment = JITTER,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    sample: int = 0,
+) -> ClipPlan:
+    return train_plan(video, shape, augment, seed=seed, epoch=epoch, sample=sample)
+
+
+def test_p3_a_plan_is_a_function_of_seed_epoch_and_sample() -> None:
+    keys = list(itertools.product(range(3), repeat=3))
+    plans = [draw(info(), seed=seed, epoch=epoch, sample=sample) for seed, epoch, sample in keys]
+    assert plans == [draw(info(), seed=seed, epoch=epoch, sample=sample) for seed, epoch, sample in keys]
+    assert len(set(plans)) == len(plans)
+
+
+@pytest.mark.parametrize(
+    ("video", "shape"),
+    [
+        (info(), SHAPE),
+        (info(frames=5, height=256, width=144), ClipShape(frames=8, height=64, width=96, stride=3)),
+        (info(frames=16, height=2, width=3), SHAPE),
+        (info(frames=1, height=112, width=112), SHAPE),
+    ],
+)
+def test_plans_stay_inside_the_video(video: SampleInfo, shape: ClipShape) -> None:
+    plans = [draw(video, shape, sample=i) for i in range(200)]
+    plans += [*make_views(video, shape, 10, 3), whole_video(video, shape)]
+    for plan in plans:
+        top, left, height, width = plan.crop
+        assert height >= 1 and width >= 1 and top >= 0 and left >= 0
+        assert top + height <= video.height and left + width <= video.width
+        assert all(0 <= frame < video.num_frames for frame in plan.frames)
+
+
+def test_training_clips_cover_positions_sizes_and_flips() -> None:
+    plans = [draw(info(frames=20), sample=i) for i in range(400)]
+    assert {plan.frames[0] for plan in plans} == set(range(5))
+    assert all(plan.frames == tuple(range(plan.frames[0], plan.frames[0] + 16)) for plan in plans)
+    assert {plan.crop[2] for plan in plans} == {256, 224, 192, 168}
+    assert max(plan.crop[1] + plan.crop[3] for plan in plans) == 352
+    assert 150 < sum(plan.flip for plan in plans) < 250
+
+
+def test_short_videos_are_looped() -> None:
+    (view,) = make_views(info(frames=3), ClipShape(frames=8, height=64, width=64), 1, 1)
+    assert view.frames == (0, 1, 2, 0, 1, 2, 0, 1)
+    assert {draw(info(frames=3), sample=i).frames[0] for i in range(50)} == {0, 1, 2}
+
+
+def test_views_spread_over_time_and_the_long_side() -> None:
+    plans = make_views(info(frames=61), SHAPE, 10, 3)
+    assert [plan.frames[0] for plan in plans[::3]] == [0, 5, 10, 15, 20, 25, 30, 35, 40, 45]
+    assert [plan.crop for plan in plans[:3]] == [(0, 0, 256, 256), (0, 48, 256, 256), (0, 96, 256, 256)]
+    tall = make_views(info(height=352, width=256), SHAPE, 1, 3)
+    assert [plan.crop[0] for plan in tall] == [0, 48, 96]
+    (single,) = make_views(info(frames=60), SHAPE, 1, 1)
+    assert single.frames[0] == 22 and single.crop == (0, 48, 256, 256)
+
+
+def test_backwards_views_take_the_flow_that_leads_to_each_frame() -> None:
+    (plan,) = make_views(info(frames=16), SHAPE, 1, 1, backwards=True)
+    assert plan.frames == tuple(range(15, -1, -1))
+    assert plan.flow_frames == (*range(14, -1, -1), 0)
+
+
+def test_the_whole_video_is_looped_to_a_multiple_of_eight() -> None:
+    assert whole_video(info(frames=20), SHAPE).frames == (*range(20), 0, 1, 2, 3)
+    assert len(whole_video(info(frames=1), SHAPE).frames) == 8
+
+
+def test_jitter_is_linear_and_leaves_gray_gray() -> None:
+    assert draw(info(), augment=Augment()).colour == IDENTITY_COLOUR
+    for i in range(20):
+        hue_only = np.reshape(draw(info(), augment=Augment(saturation=0.5, hue=0.5), sample=i).colour, (3, 4))
+        np.testing.assert_allclose(hue_only @ [77.0, 77, 77, 1], [77.0] * 3, atol=1e-9)
+        contrast = np.reshape(draw(info(), augment=Augment(contrast=0.5), sample=i).colour, (3, 4))
+        np.testing.assert_allclose(contrast @ [127.5, 127.5, 127.5, 1], [127.5] * 3, atol=1e-9)
+        brightness = np.reshape(draw(info(), augment=Augment(brightness=0.5), sample=i).colour, (3, 4))
+        np.testing.assert_allclose(brightness, brightness[0, 0] * np.eye(3, 4), atol=1e-12)
+        assert 0.5 <= brightness[0, 0] <= 1.5
+
+
+def test_half_size_flow_is_cut_at_the_same_place() -> None:
+    video = info(flow=(128, 176))
+    for i in range(50):
+        crop = draw(video, sample=i).crop
+        assert tuple(2 * side for side in flow_crop(video, crop)) == crop
+    odd = info(flow=(100, 176))
+    top, left, height, width = flow_crop(odd, (0, 0, 256, 352))
+    assert (top, left, height, width) == (0, 0, 100, 176)
+
+
+@pytest.mark.parametrize("text", ["", "10", "0x3", "10x2", "x", "all", "-1x1"])
+def test_p12_unknown_views_are_a_user_error(text: str) -> None:
+    with pytest.raises(UserError, match="10x3"):
+        Views.parse(text)
+
+
+def test_views_are_read() -> None:
+    assert Views.parse("10x3").count == 30 and Views.parse("1x1").count == 1
+    assert Views.parse("whole").whole
+
+
+def test_p12_augmentation_out_of_range_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="flip"):
+        Augment(flip=2.0)
+    with pytest.raises(UserError, match="scales"):
+        Augment(scales=(1.5,))

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import io
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import numpy.typing as npt
+import pytest
+from nvidia.dali import fn, pipeline_def
+
+from dataloaders.errors import DecodeError
+from dataloaders.video import (
+    MINIMUM,
+    Codec,
+    VideoEncoder,
+    VideoSource,
+    decode_luma,
+    flow_picture,
+    flow_size,
+    gray,
+    inspect_video,
+    stored_size,
+)
+from tests.dataloaders.clips import moving, write_video
+
+CODECS: tuple[Codec, ...] = ("h264", "vp9")
+# Every code as a flat patch of 16 x 16.
+RAMP = np.kron(np.arange(256, dtype=np.uint8).reshape(16, 16), np.ones((16, 16), np.uint8))
+COLOURS = np.array(
+    [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 0, 0], [255, 255, 255]], np.uint8
+)
+
+
+def ramp_video(codec: Codec) -> bytes:
+    encoder = VideoEncoder(codec, "flow", 256, 256, Fraction(25))
+    for _ in range(13):
+        encoder.add(flow_picture(RAMP))
+    return encoder.finish()
+
+
+def dali_rgb(data: bytes) -> npt.NDArray[np.uint8]:
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def pipeline() -> object:
+        source = fn.external_source(source=lambda: [np.frombuffer(data, np.uint8)])
+        return fn.decoders.video(source, device="cpu")
+
+    pipe = pipeline()
+    pipe.build()
+    return np.array(pipe.run()[0].at(0))
+
+
+def pictures_of(path: Path, width: int, height: int, fps: Fraction | None) -> list[npt.NDArray[np.uint8]]:
+    with VideoSource(path) as source:
+        return list(source.frames(width, height, fps))
+
+
+def to_video(path: Path, codec: Codec, width: int, height: int) -> bytes:
+    encoder = VideoEncoder(codec, "rgb", width, height, Fraction(25))
+    for picture in pictures_of(path, width, height, Fraction(25)):
+        encoder.add(picture)
+    return encoder.finish()
+
+
+def patches(colours: npt.NDArray[np.uint8], side: int = 64) -> npt.NDArray[np.uint8]:
+    return np.repeat(np.repeat(colours.reshape(2, 3, 3), side, 0), side, 1)
+
+
+def patch_centres(picture: npt.NDArray[np.uint8], side: int = 64) -> npt.NDArray[np.int64]:
+    return picture[side // 2 :: side, side // 2 :: side].reshape(6, 3).astype(np.int64)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_all_256_flow_codes_survive_encoder_and_pyav(codec: Codec) -> None:
+    data = ramp_video(codec)
+    planes = list(decode_luma(data, "ramp"))
+    assert len(planes) == 13
+    assert all(np.array_equal(plane, RAMP) for plane in planes)
+    assert inspect_video(data, "ramp").full_range
+
+
+def test_all_256_flow_codes_survive_encoder_and_dali() -> None:
+    decoded = dali_rgb(ramp_video("vp9"))
+    assert decoded.shape == (13, 256, 256, 3)
+    assert np.array_equal(decoded, np.broadcast_to(RAMP[None, :, :, None], decoded.shape))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_range_is_read_from_the_bitstream_and_not_from_the_container(codec: Codec) -> None:
+    encoder = VideoEncoder(codec, "rgb", 128, 128, Fraction(25))
+    encoder.add(np.full((192, 128), 128, np.uint8))
+    limited = encoder.finish()
+    at = limited.index(b"colrnclx") + len(b"colrnclx") + 6
+    claimed = limited[:at] + b"\x80" + limited[at + 1 :]
+    with av.open(io.BytesIO(claimed)) as container:
+        assert container.streams.video[0].codec_context.color_range == 2
+    assert not inspect_video(claimed, "claimed").full_range
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_key_frames_stand_every_12_and_every_packet_is_one_frame(codec: Codec) -> None:
+    encoder = VideoEncoder(codec, "rgb", 128, 128, Fraction(25))
+    rng = np.random.default_rng(0)
+    for _ in range(30):  # Noise, so that a scene-cut detector would fire.
+        encoder.add(rng.integers(16, 236, (192, 128), dtype=np.uint8))
+    with av.open(io.BytesIO(encoder.finish())) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        assert [i for i, packet in enumerate(packets) if packet.is_keyframe] == [0, 12, 24]
+        assert all(packet.pts == packet.dts for packet in packets)
+        assert container.streams.video[0].average_rate == 25
+        assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
+        container.seek(0)
+        frames = list(container.decode(video=0))
+    assert len(packets) == len(frames) == 30
+    assert {frame.colorspace for frame in frames} <= {5, 6}
+    assert {frame.color_range for frame in frames} == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "tags", "pix_fmt"),
+    [
+        ("untagged", None, "yuv420p"),
+        ("709 limited", {"colorspace": 1, "color_range": 1}, "yuv420p"),
+        ("709 full", {"colorspace": 1, "color_range": 2}, "yuv444p"),
+        ("601 full", {"colorspace": 5, "color_range": 2}, "yuvj420p"),
+    ],
+)
+def test_colours_stay_whatever_matrix_and_range_the_source_has(
+    tmp_path: Path, name: str, tags: dict[str, int] | None, pix_fmt: str
+) -> None:
+    source = write_video(tmp_path / "s.mp4", [patches(COLOURS)] * 3, tags=tags, pix_fmt=pix_fmt)
+    data = to_video(source, "vp9", 192, 128)
+    with av.open(io.BytesIO(data)) as container:
+        pyav = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    for decoded in (pyav, dali_rgb(data)[0]):
+        assert np.abs(patch_centres(decoded) - COLOURS).max() <= 6
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_same_frames_give_the_same_bytes_whatever_lay_in_memory(tmp_path: Path, codec: Codec) -> None:
+    rng = np.random.default_rng(0)
+    source = write_video(tmp_path / "s.mp4", moving(12, 64, 80))
+    made = set()
+    for _ in range(12):
+        junk = [rng.integers(0, 256, int(rng.integers(100, 200_000)), dtype=np.uint8) for _ in range(200)]
+        del junk
+        made.add(to_video(source, codec, 160 if codec == "vp9" else 80, 128 if codec == "vp9" else 64))
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_rotation_metadata_is_applied(tmp_path: Path, turns: int) -> None:
+    shown = patches(COLOURS)
+    # The camera stores the picture turned and notes how to turn it back, counter-clockwise.
+    source = write_video(tmp_path / "s.mp4", [np.rot90(shown, -turns)] * 3)
+    data = source.read_bytes()
+    one = 0x10000
+    matrix = {0: (one, 0, 0, one), 1: (0, -one, one, 0), 2: (-one, 0, 0, -one), 3: (0, one, -one, 0)}[turns]
+    at = data.index(struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 0x40000000), data.index(b"tkhd"))
+    a, b, c, d = matrix
+    source.write_bytes(data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000) + data[at + 36 :])
+    with VideoSource(source) as video:
+        assert (video.width, video.height) == (192, 128)
+    with av.open(io.BytesIO(to_video(source, "h264", 192, 128))) as container:
+        decoded = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert np.abs(patch_centres(decoded) - COLOURS).max() <= 6
+
+
+def numbered(count: int) -> list[npt.NDArray[np.uint8]]:
+    return [np.full((48, 64, 3), 5 * i, np.uint8) for i in range(count)]
+
+
+def numbers_of(pictures: list[npt.NDArray[np.uint8]]) -> list[int]:
+    return [round(float(gray(picture).mean()) / 5) for picture in pictures]
+
+
+def test_a_source_at_the_wanted_rate_keeps_every_frame(tmp_path: Path) -> None:
+    source = write_video(tmp_path / "s.mp4", numbered(40))
+    assert numbers_of(pictures_of(source, 64, 48, Fraction(25))) == list(range(40))
+    assert numbers_of(pictures_of(source, 64, 48, None)) == list(range(40))
+
+
+def test_a_faster_source_loses_frames_and_a_slower_one_repeats_them(tmp_path: Path) -> None:
+    fast = write_video(tmp_path / "fast.mp4", numbered(30), rate=30)
+    kept = numbers_of(pictures_of(fast, 64, 48, Fraction(25)))
+    assert len(kept) == 25 and kept == sorted(set(kept))
+    slow = write_video(tmp_path / "slow.mp4", numbered(10), rate=Fraction(25, 2))
+    assert numbers_of(pictures_of(slow, 64, 48, Fraction(25))) == [i for i in range(10) for _ in range(2)]
+    with VideoSource(slow) as source:
+        assert source.fps == Fraction(25, 2)
+        assert len(list(source.frames(64, 48, None))) == 10
+
+
+def test_a_variable_rate_becomes_constant_by_time(tmp_path: Path) -> None:
+    times = [0, 40, 80, 400, 440, 441, 480]
+    source = write_video(tmp_path / "s.mkv", numbered(7), times=times)
+    shown = numbers_of(pictures_of(source, 64, 48, Fraction(25)))
+    # Frame 2 stays for 8 slots, and of 4 and 5, which fall into one slot, the later one is taken.
+    assert shown[:13] == [0, 1] + [2] * 8 + [3, 5, 6]
+
+
+def test_timestamps_that_jump_are_an_error_and_no_endless_video(tmp_path: Path) -> None:
+    source = write_video(tmp_path / "s.mkv", numbered(3), times=[0, 40, 3_600_000])
+    with pytest.raises(DecodeError, match="timestamps jump by 3600 s"):
+        pictures_of(source, 64, 48, Fraction(25))
+
+
+@pytest.mark.parametrize(("width", "height"), [(63, 47), (321, 243), (97, 201)])
+def test_odd_sizes_are_stored_in_multiples_of_16(tmp_path: Path, width: int, height: int) -> None:
+    # mpeg4 codes odd sizes, which x264 refuses for 4:2:0.
+    source = write_video(tmp_path / "s.avi", moving(5, height, width), codec="mpeg4")
+    with VideoSource(source) as video:
+        assert (video.width, video.height) == (width, height)
+        size = stored_size(width, height, codec="h264", short_side=64, size=None)
+        assert all(picture.shape == (size[1] * 3 // 2, size[0]) for picture in video.frames(*size, None))
+    assert min(size) == 64 and size[0] % 16 == size[1] % 16 == 0
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_stored_sizes_suit_nvdec(codec: Codec) -> None:
+    least_width, least_height = MINIMUM[codec]
+    for width, height in [(340, 256), (1920, 1080), (456, 256), (256, 456), (64, 64), (17, 400), (400, 17)]:
+        for short_side in (16, 48, 112, 128, 256):
+            size = stored_size(width, height, codec=codec, short_side=short_side, size=None)
+            for scale in (0.5, 1.0):
+                flow_width, flow_height = flow_size(*size, codec=codec, scale=scale)
+                assert flow_width <= size[0] and flow_height <= size[1]
+                for w, h in (size, (flow_width, 2 * flow_height)):
+                    assert w % 16 == h % 16 == 0 and w >= least_width and h >= least_height
+    assert stored_size(340, 256, codec=codec, short_side=256, size=None) == (336, 256)
+    assert flow_size(352, 256, codec=codec, scale=0.5) == (176, 128)
+    assert flow_size(336, 256, codec=codec, scale=1.0) == (336, 256)
+    assert stored_size(340, 256, codec=codec, short_side=None, size=(352, 256)) == (352, 256)
+
+
+@pytest.mark.parametrize("content", ["text", "empty", "cut", "sound"])
+def test_p8_a_file_that_is_no_video_is_refused_with_a_reason(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "s.mp4"
+    if content == "sound":
+        with av.open(str(file), "w") as container:
+            stream = container.add_stream("aac", rate=44100)
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.rate = 44100
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    elif content == "cut":
+        file.write_bytes(write_video(tmp_path / "whole.mp4", moving()).read_bytes()[:900])
+    else:
+        file.write_bytes(b"this is a text\n" * 100 if content == "text" else b"")
+    with pytest.raises(DecodeError, match=r"s\.mp4: \S"):
+        pictures_of(file, 64, 64, Fraction(25))
+
+
+def test_real_clips_of_every_make_are_read(shared_videos: Path) -> None:
+    files = [
+        f for s in ("ucf101", "hmdb51", "kinetics400") for f in (shared_videos / s).rglob("*") if f.is_file()
+    ]
+    files = [f for f in files if f.suffix in (".avi", ".mp4")]
+    assert files
+    for file in files:
+        with VideoSource(file) as source:
+            size = stored_size(source.width, source.height, codec="h264", short_side=48, size=None)
+            count = sum(1 for _ in source.frames(*size, source.fps))
+        with av.open(str(file), metadata_errors="ignore") as container:
+            decoded = sum(1 for _ in container.decode(video=0))
+        assert abs(count - decoded) <= 1, file.name
