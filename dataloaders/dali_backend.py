@@ -19,6 +19,7 @@ from torch.utils.dlpack import from_dlpack
 from dataloaders.batch import ClipRequest, RawClips
 from dataloaders.errors import DecodeError, UserError
 from dataloaders.plan import flow_crop
+from dataloaders.trim import trim
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 """What `decoders.video` decodes without a GPU."""
@@ -208,28 +209,35 @@ class DecoderOnly:
 
 def _feeds(requests: Sequence[ClipRequest], *, with_flow: bool) -> dict[str, list[npt.NDArray[Any]]]:
     """The graph's inputs by name, one array per clip."""
-    feeds: dict[str, list[npt.NDArray[Any]]] = {
-        "rgb": [np.frombuffer(request.rgb, np.uint8) for request in requests],
-        "rgb_frames": [_ints(request.plan.frames) for request in requests],
-        "crop_start": [_ints((*request.plan.crop[:2], 0)) for request in requests],
-        "crop_shape": [_ints((*request.plan.crop[2:], 3)) for request in requests],
-        "flip": [np.array(request.plan.flip, np.int32) for request in requests],
-    }
-    if not with_flow:
-        return feeds
-    for name in ("flow", "flow_frames", "u_start", "u_shape", "v_start", "v_shape"):
-        feeds[name] = []
+    names = ["rgb", "rgb_frames", "crop_start", "crop_shape", "flip"]
+    if with_flow:
+        names += ["flow", "flow_frames", "u_start", "u_shape", "v_start", "v_shape"]
+    feeds: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
     for request in requests:
-        if request.flow is None or request.info.flow_height is None:
+        plan, info = request.plan, request.info
+        _feed_video(feeds, "rgb", request.rgb, plan.frames, request)
+        feeds["crop_start"].append(_ints((*plan.crop[:2], 0)))
+        feeds["crop_shape"].append(_ints((*plan.crop[2:], 3)))
+        feeds["flip"].append(np.array(plan.flip, np.int32))
+        if not with_flow:
+            continue
+        if request.flow is None or info.flow_height is None:
             raise DecodeError(request.key, "has no flow video")
-        top, left, height, width = flow_crop(request.info, request.plan.crop)
-        feeds["flow"].append(np.frombuffer(request.flow, np.uint8))
-        feeds["flow_frames"].append(_ints(request.plan.flow_frames))
+        _feed_video(feeds, "flow", request.flow, plan.flow_frames, request)
+        top, left, height, width = flow_crop(info, plan.crop)
         feeds["u_start"].append(_ints((top, left, 0)))
-        feeds["v_start"].append(_ints((top + request.info.flow_height, left, 0)))
+        feeds["v_start"].append(_ints((top + info.flow_height, left, 0)))
         for plane in ("u", "v"):
             feeds[f"{plane}_shape"].append(_ints((height, width, 1)))
     return feeds
+
+
+def _feed_video(
+    feeds: dict[str, list[npt.NDArray[Any]]], name: str, data: bytes, frames: Sequence[int], request: ClipRequest
+) -> None:
+    part, indices = trim(data, frames, request.info.fps, request.key)
+    feeds[name].append(np.frombuffer(part, np.uint8))
+    feeds[f"{name}_frames"].append(_ints(indices))
 
 
 def _ints(values: Sequence[int]) -> npt.NDArray[np.int32]:

@@ -65,9 +65,9 @@ _OPTIONS: dict[tuple[Codec, Content], dict[str, str]] = {
 }
 _QUALITY: dict[tuple[Codec, Content], int] = {
     ("h264", "rgb"): 23,
-    ("h264", "flow"): 18,
+    ("h264", "flow"): 16,
     ("vp9", "rgb"): 30,
-    ("vp9", "flow"): 20,
+    ("vp9", "flow"): 12,
 }
 
 _GRAY_OF_LUMA: npt.NDArray[np.uint8] = np.clip(

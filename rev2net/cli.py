@@ -58,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    # The deepspeed launcher adds it in front; the rank is read from the environment.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _mount(commands, "synth", "generated action clips, a folder per class", "dataloaders.synth", "synth")
     _mount(commands, "prepare", "videos to flow to tar shards", "dataloaders.prepare_cli", "prepare")
@@ -66,8 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a network", description=_TRAIN, formatter_class=plain)
     train.add_argument("config", metavar="CONFIG", help="YAML file of the experiment")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the file")
-    # The deepspeed launcher adds it; the rank is read from the environment.
-    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     train.set_defaults(run=_train)
     evaluate = commands.add_parser("eval", help="test a checkpoint", description=_EVAL, formatter_class=plain)
     _add_eval_arguments(evaluate)
@@ -99,7 +99,6 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backwards", action="store_true", help="play every clip backwards")
     parser.add_argument("--confusion", metavar="FILE.png", help="write the confusion matrix as a picture")
     parser.add_argument("--json", metavar="FILE", help="write metrics and confusion matrix; - for standard output")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ Only the encoder is left at test time; everything else in this file exists durin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -240,9 +241,8 @@ class Rev2Net(nn.Module):
                 if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d)):
                     # Fan-in of a transposed convolution is counted over its input channels and the taps that
                     # reach one output element: 27 / (product of strides).
-                    taps = m.weight[0, 0].numel() / torch.tensor(m.stride).prod().item()
-                    if isinstance(m, nn.Conv3d):
-                        taps = m.weight[0, 0].numel()
+                    strides = math.prod(m.stride) if isinstance(m, nn.ConvTranspose3d) else 1
+                    taps = m.weight[0, 0].numel() / strides
                     nn.init.normal_(m.weight, std=(1.0 / (m.in_channels * taps)) ** 0.5)
                     if m.bias is not None:
                         nn.init.zeros_(m.bias)

@@ -22,6 +22,7 @@ from dataloaders.flow.codes import decode_flow, encode_flow
 from dataloaders.plan import Augment, ClipPlan, ClipShape, train_plan
 from dataloaders.pyav_backend import PyAVBackend, _luma, _rgb, decode_pictures
 from dataloaders.shards import SampleInfo
+from dataloaders.trim import trim
 from dataloaders.video import Codec, VideoEncoder, VideoSource
 
 CPU = torch.device("cpu")
@@ -173,6 +174,21 @@ def test_seeking_finds_the_very_frames(codec: Codec, fps: Fraction) -> None:
         got = decode_pictures(data, wanted, float(fps), "k", _rgb, (48, 64))
         assert got.keys() == wanted
         assert all(np.array_equal(got[i], expected[i]) for i in wanted)
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9"])
+@pytest.mark.parametrize("fps", [Fraction(25), Fraction(30000, 1001)])
+def test_a_trimmed_video_has_the_very_frames_and_little_else(codec: Codec, fps: Fraction) -> None:
+    data = encode_rgb(pictures(60, 48, 64, seed=0), codec, fps)
+    for frames in ((24, 25, 30), (35, 12, 12), (59,), (0, 50), tuple(range(60))):
+        part, indices = trim(data, frames, float(fps), "k")
+        whole = decode_pictures(data, set(frames), float(fps), "k", _rgb, (48, 64))
+        got = decode_pictures(part, set(indices), float(fps), "k", _rgb, (48, 64))
+        assert all(np.array_equal(got[i], whole[f]) for i, f in zip(indices, frames, strict=True))
+        if min(frames) >= 12:
+            with av.open(io.BytesIO(part)) as container:
+                kept = sum(1 for _ in container.decode(video=0))
+            assert kept == max(frames) - min(frames) // 12 * 12 + 1
 
 
 @pytest.mark.parametrize("name", ["pyav", "dali"])

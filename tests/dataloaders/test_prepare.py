@@ -18,6 +18,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 import pytest
+from clips import moving, write_video
 
 from dataloaders.errors import UserError
 from dataloaders.flow import decode_flow, tvl1
@@ -28,7 +29,6 @@ from dataloaders.sources import SourceClip, SourceListing, read_folder, read_lis
 from dataloaders.transcode import PrepareSettings, area_average, transcode
 from dataloaders.verify import verify
 from dataloaders.video import Codec, VideoSource, decode_luma, gray, stored_size
-from tests.dataloaders.clips import moving, write_video
 
 SMALL = PrepareSettings(short_side=64)
 NO_FLOW = PrepareSettings(short_side=64, flow_scale=None)

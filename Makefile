@@ -1,0 +1,55 @@
+# make demo and make test do all their own set-up, in .venv. PYTHON is the interpreter that makes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Without a GPU DeepSpeed has to be told so; with one the variable stays unset.
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || echo 0)
+ifeq ($(GPU),0)
+export DS_ACCELERATOR := cpu
+endif
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help setup demo test check bench accuracy test-gpu clean
+
+help:
+	@echo "make demo      generated clips (or VIDEOS=folder) -> shards -> training on two processes -> MLflow; 5 minutes"
+	@echo "make test      the whole test suite"
+	@echo "make check     ruff and mypy"
+	@echo "make bench     training step, loader and test-time network, written to benchmarks/"
+	@echo "make accuracy  the accuracy runs of benchmarks/accuracy.md (about an hour on 2 cores)"
+	@echo "make test-gpu  the tests that need an NVIDIA GPU"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@echo "==> setting up $(VENV) (once; a few minutes, about 8 GB)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@bash scripts/demo.sh
+
+test: $(STAMP)
+	@echo "==> the whole suite; real-clip tests skip where ../shared is absent"
+	$(BIN)/python -m pytest -m 'not gpu'
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/train_step.py --write benchmarks/train_step.md
+
+accuracy: $(STAMP)
+	$(BIN)/python benchmarks/accuracy.py
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf demo runs
