@@ -39,7 +39,7 @@ OPPOSITE: dict[str, str] = {
 
 TORUS = 1.25
 """Side of the torus of positions, in picture sides."""
-RADII = (0.10, 0.26)
+RADII = (0.16, 0.42)
 """Smallest and largest radius of an object, in picture sides."""
 FADE = 0.14
 """Share of the circle of sizes over which an object fades in, and out."""
@@ -58,6 +58,8 @@ class Domain:
     hue: Range
     saturation: Range
     value: Range
+    backdrop: Range
+    """Lightness of the objects' and of the background's colours."""
     contrast: Range
     slope: Range
     """Exponent of the textures' amplitude spectrum: 1.5 is cloudy, 0.5 is grainy."""
@@ -76,12 +78,12 @@ class Domain:
 
 DOMAINS: dict[str, Domain] = {
     "a": Domain(
-        outline="blob", objects=(4, 6), hue=(-0.06, 0.22), saturation=(0.35, 0.95), value=(0.45, 1.0),
-        contrast=(0.7, 1.0), slope=(1.0, 1.5), stripes=0.15, pan=0.8, spin=0.2, zoom=0.002, shake=0.0,
+        outline="blob", objects=(4, 6), hue=(-0.06, 0.22), saturation=(0.35, 0.95), value=(0.6, 1.0), backdrop=(0.1, 0.4),
+        contrast=(0.7, 1.0), slope=(1.0, 1.5), stripes=0.15, pan=0.6, spin=0.2, zoom=0.002, shake=0.0,
         blur=(0.0, 0.4), noise=(1.0, 3.0),
     ),
     "b": Domain(
-        outline="polygon", objects=(5, 7), hue=(0.45, 0.80), saturation=(0.0, 0.45), value=(0.10, 0.80),
+        outline="polygon", objects=(5, 7), hue=(0.45, 0.80), saturation=(0.0, 0.45), value=(0.45, 0.85), backdrop=(0.1, 0.35),
         contrast=(0.4, 0.9), slope=(0.6, 1.1), stripes=0.6, pan=1.2, spin=0.5, zoom=0.006, shake=0.5,
         blur=(0.5, 1.0), noise=(4.0, 8.0),
     ),
@@ -102,7 +104,7 @@ class SynthSettings:
 
     domain: str = "a"
     size: int = 128
-    frames: int = 24
+    frames: int = 20
     fps: int = 25
     seed: int = 0
 
@@ -190,13 +192,13 @@ def _stripes(rng: np.random.Generator, side: int, period: float) -> Floats:
     return stripes
 
 
-def _texture(rng: np.random.Generator, domain: Domain, side: int, period: float) -> Floats:
+def _texture(rng: np.random.Generator, domain: Domain, side: int, period: float, value: Range) -> Floats:
     """A two-coloured texture [side, side, 3] in grey levels."""
     cloud = _cloud(rng, side, rng.uniform(*domain.slope))
     stripes = _stripes(rng, side, period * rng.uniform(0.7, 1.5))
     field = 0.3 * cloud + 0.7 * stripes if rng.random() < domain.stripes else cloud
     colours = [
-        colorsys.hsv_to_rgb(rng.uniform(*domain.hue) % 1, rng.uniform(*domain.saturation), rng.uniform(*domain.value))
+        colorsys.hsv_to_rgb(rng.uniform(*domain.hue) % 1, rng.uniform(*domain.saturation), rng.uniform(*value))
         for _ in range(2)
     ]
     low, high = (255 * np.array(c, dtype=np.float32) for c in colours)
@@ -228,7 +230,7 @@ def _patch(rng: np.random.Generator, domain: Domain, side: int) -> Floats:
     x, y = axis[None, :], axis[:, None]
     distance = _outline(rng, domain.outline, np.arctan2(y, x)) - np.hypot(x, y)
     opacity = np.clip(distance * side / (2 * EXTENT) + 0.5, 0, 1).astype(np.float32)[..., None]
-    return np.concatenate([_texture(rng, domain, side, side / 5) * opacity, opacity], axis=2)
+    return np.concatenate([_texture(rng, domain, side, side / 5, domain.value) * opacity, opacity], axis=2)
 
 
 def draw_scene(settings: SynthSettings, split: str, name: str, index: int) -> Scene:
@@ -249,7 +251,7 @@ def draw_scene(settings: SynthSettings, split: str, name: str, index: int) -> Sc
     step = np.arange(count)
     lattice = np.stack([step / count, np.mod(step * (math.sqrt(5) - 1) / 2, 1)], axis=1)
     lattice = lattice[:, ::-1] if rng.random() < 0.5 else lattice
-    speed, tilt = rng.uniform(1, 4) / 128, math.radians(rng.uniform(-20, 20))
+    speed, tilt = rng.uniform(1.5, 4) / 128, math.radians(rng.uniform(-20, 20))
     side = 2 * settings.size
     margin = 32
     return Scene(
@@ -257,10 +259,10 @@ def draw_scene(settings: SynthSettings, split: str, name: str, index: int) -> Sc
         angles=rng.uniform(0, 2 * math.pi, count),
         sizes=np.mod(rng.permutation(count) / count + rng.random(), 1),
         velocity=speed * np.array([math.cos(tilt), math.sin(tilt)]),
-        rotation=np.radians(rng.uniform(4, 12, count)),
-        growth=float(rng.uniform(0.015, 0.04)),
+        rotation=np.radians(rng.uniform(4, 10, count)),
+        growth=float(rng.uniform(0.02, 0.05)),
         patches=tuple(_patch(rng, domain, settings.size // 2) for _ in range(count)),
-        background=_texture(rng, domain, side, 24 * unit),
+        background=_texture(rng, domain, side, 24 * unit, domain.backdrop),
         camera=np.array(
             [
                 *(rng.uniform(-domain.pan, domain.pan, 2) * unit),

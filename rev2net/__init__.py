@@ -1,0 +1,1 @@
+"""Rev2Net: the networks, the objective, training and evaluation."""

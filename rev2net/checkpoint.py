@@ -119,7 +119,7 @@ def gather_buffers(engine: Engine) -> dict[str, Tensor]:
     return {
         f"{rank}/{name}": part.cpu().clone().reshape(buffers[name].shape)
         for rank, whole in enumerate(flats)
-        for name, part in zip(buffers, whole.split(sizes), strict=True)
+        for name, part in zip(buffers, torch.split(whole, sizes), strict=True)
     }
 
 
@@ -205,7 +205,9 @@ def find(path: str | Path) -> Path:
         found = latest(folder) if folder.is_dir() else None
         if found is not None:
             return found
-    raise UserError(f"there is no checkpoint at {path}: give a run's output folder or one of its checkpoints/step-* folders")
+    raise UserError(
+        f"there is no checkpoint at {path}: give a run's output folder or one of its checkpoints/step-* folders"
+    )
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -273,7 +275,9 @@ def load_encoder(checkpoint: Path) -> tuple[I3D, Config, RunState]:
     config = config_from_tree(state.config)
     encoder = build_encoder(config.model, len(state.classes))
     prefix = "encoder."
-    weights = {k.removeprefix(prefix): v for k, v in read_tensors(checkpoint, "weights").items() if k.startswith(prefix)}
+    weights = {
+        k.removeprefix(prefix): v for k, v in read_tensors(checkpoint, "weights").items() if k.startswith(prefix)
+    }
     encoder.load_state_dict(weights)
     return encoder.eval(), config, state
 

@@ -74,13 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_eval)
     bench = commands.add_parser("bench", help="measure parts of the system on this machine")
     parts = bench.add_subparsers(dest="part", required=True, metavar="PART", parser_class=_Parser)
-    if importlib.util.find_spec("dataloaders.bench"): _mount(parts, "loader", "clips/s of each decoding backend", "dataloaders.bench", "bench")
+    if importlib.util.find_spec("dataloaders.bench"):
+        _mount(parts, "loader", "clips/s of each decoding backend", "dataloaders.bench", "bench")
     return parser
 
 
-def _mount(
-    commands: argparse._SubParsersAction[_Parser], name: str, summary: str, module: str, function: str
-) -> None:
+def _mount(commands: argparse._SubParsersAction[_Parser], name: str, summary: str, module: str, function: str) -> None:
     """Add a command whose arguments and work another module defines."""
     parser = commands.add_parser(name, help=summary)
     loaded = importlib.import_module(module)
@@ -161,7 +160,7 @@ def _eval(args: argparse.Namespace) -> int:
     ranks = read_ranks()
     if ranks.world_size > 1:
         join(ranks, config.train.threads)
-    network = network.to(ranks.device, memory_format=torch.channels_last_3d)
+    network = network.to(ranks.device).to(memory_format=torch.channels_last_3d)
     result = evaluate_split(network, data, config, ranks, backwards=args.backwards)
     if not ranks.first:
         return 0

@@ -6,8 +6,10 @@ Unknown keys are errors that name the nearest valid one. What is not given has t
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dataloaders.errors import UserError
+from dataloaders.plan import Views
 from rev2net.losses import DDP, KLReduction, Objective, Reduction
 
 
@@ -91,7 +94,9 @@ class OptimConfig(Section):
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.1, gt=0, description="peak learning rate at `lr_batch`")
-    lr_batch: int | None = Field(None, gt=0, description="batch that `lr` is meant for: scaled linearly; null = as it is")
+    lr_batch: int | None = Field(
+        None, gt=0, description="batch that `lr` is meant for: scaled linearly; null = as it is"
+    )
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(1e-4, ge=0, description="not on biases and normalisations")
@@ -156,7 +161,9 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     profile: ProfileConfig = ProfileConfig()
     tracking: TrackingConfig = TrackingConfig()
-    init_from: str | None = Field(None, description="start from these weights, with a replaced head where classes differ")
+    init_from: str | None = Field(
+        None, description="start from these weights, with a replaced head where classes differ"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -175,9 +182,19 @@ class Config(Section):
             raise ValueError(f"data.frames={self.data.frames} must be a multiple of 8")
         if self.data.size < 32 or self.data.size % 4:
             raise ValueError(f"data.size={self.data.size} must be a multiple of 4 and at least 32")
-        for field, value in (("duration", self.train.duration), ("checkpoint_every", self.train.checkpoint_every)):
-            parse_duration(value, f"train.{field}")
+        self._check_durations()
+        Views.parse(self.eval.views)
+        if self.profile.steps is not None:
+            parse_range(self.profile.steps, "profile.steps")
         return self
+
+    def _check_durations(self) -> None:
+        for field in ("duration", "checkpoint_every", "eval_every"):
+            value = getattr(self.train, field)
+            if value is not None and parse_duration(value, f"train.{field}")[0] == 0:
+                raise ValueError(f"train.{field}={value} is nothing: give at least 1steps")
+        for field, value in (("warmup", self.optim.warmup), *(("milestones", m) for m in self.optim.milestones)):
+            parse_duration(value, f"optim.{field}")
 
     @property
     def decoders(self) -> tuple[str, ...]:
@@ -195,26 +212,40 @@ class Config(Section):
         return {k: str(v) for k, v in _flatten(self.model_dump(mode="json"))}
 
 
-_DURATION = re.compile(r"^\s*([0-9.]+(?:e[0-9]+)?)\s*(steps?|epochs?|samples?)?\s*$")
+_DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e\+?[0-9]{1,2})?)\s*(steps?|epochs?|samples?)?\s*", re.ASCII)
 
 
-def parse_duration(text: str | int, name: str) -> tuple[float, str]:
-    """('300steps') -> (300.0, 'step'); the unit is one of step, epoch, sample.
+def parse_duration(text: str | int, name: str) -> tuple[Fraction, str]:
+    """('300steps') -> (300, 'step'); the unit is one of step, epoch, sample.
+
+    The amount is exact: 1.1 epochs of 100 samples are 110 samples, which no float says.
 
     Raises:
         UserError: not a duration.
     """
-    match = _DURATION.match(str(text))
+    match = _DURATION.fullmatch(str(text))
     if match is None:
         raise UserError(f"{name}={text!r} is not a duration: write 300steps, 20epochs or 1e6samples")
-    return float(match[1]), (match[2] or "steps").rstrip("s")
+    return Fraction(match[1]), (match[2] or "steps").rstrip("s")
 
 
 def to_steps(text: str | int, name: str, *, global_batch: int, epoch_samples: int) -> int:
     """A duration in optimizer steps, rounded up, at least 0. Epochs count `epoch_samples` samples each."""
     amount, unit = parse_duration(text, name)
     samples = {"step": global_batch, "epoch": epoch_samples, "sample": 1}[unit] * amount
-    return int(-(-samples // global_batch))
+    return math.ceil(samples / global_batch)
+
+
+def parse_range(text: str, name: str) -> tuple[int, int]:
+    """('20-30') -> (20, 30), steps counted from 1.
+
+    Raises:
+        UserError: not of the form FIRST-LAST.
+    """
+    match = re.fullmatch(r"([1-9][0-9]*)-([1-9][0-9]*)", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise UserError(f"{name}={text!r} is not a range of steps: write FIRST-LAST, such as 20-30")
+    return int(match[1]), int(match[2])
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -225,7 +256,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no configuration file {path}: give the path of a YAML file, such as configs/demo.yaml")
+        raise UserError(
+            f"there is no configuration file {path}: give the path of a YAML file, such as configs/demo.yaml"
+        )
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -272,12 +305,16 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
+    keys = sorted(_known_keys(Config))
     if first["type"] == "extra_forbidden":
-        keys = sorted(_known_keys(Config))
-        close = difflib.get_close_matches(where, keys, n=1, cutoff=0.0)
+        # A key in the wrong section (train.lr) is nearer to its own name elsewhere than to its neighbours.
+        namesakes = [key for key in keys if key.rpartition(".")[2] == where.rpartition(".")[2]]
+        close = difflib.get_close_matches(where, namesakes or keys, n=1, cutoff=0.0)
         return f"unknown configuration key {where!r}; the nearest valid key is {close[0]!r}"
     if first["type"] == "missing":
         return f"the configuration lacks {where!r}: add it to the file or give {where}=VALUE"
+    while where and where not in keys and not where.startswith("train.deepspeed."):
+        where = where.rpartition(".")[0]  # pydantic adds the index in a tuple, or the member of a union
     message = str(first["msg"]).removeprefix("Value error, ")
     return f"{where}={first['input']!r}: {message}" if where else message
 

@@ -122,7 +122,8 @@ class Engine:
     def torch_optimizer(self) -> torch.optim.Optimizer:
         """The torch optimizer inside DeepSpeed's; under ZeRO its parameters are flat partitions."""
         optimizer = self.deepspeed.optimizer
-        return optimizer if self.config.train.zero_stage == 0 else optimizer.optimizer
+        inner: torch.optim.Optimizer = optimizer if self.config.train.zero_stage == 0 else optimizer.optimizer
+        return inner
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -174,7 +175,7 @@ def build_engine(config: Config, ranks: Ranks, network: Rev2Net) -> Engine:
     if config.model.sync_bn:
         if ranks.device.type != "cuda":
             raise UserError("model.sync_bn=true needs GPUs: set it to false to train on a CPU")
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     # The parameters stay contiguous (DeepSpeed views them as flat bytes): channels_last comes in with the clips.
     network.to(ranks.device)
     step_module = TrainingStep(network.train(), config.loss.objective())

@@ -55,7 +55,7 @@ class Scores:
         """Sample indices (sorted), mean scores (videos x classes) and labels of the decodable videos."""
         samples = sorted(self.sums)
         means = np.stack([self.sums[s] / self.views[s] for s in samples]) if samples else np.zeros((0, 0))
-        return np.array(samples), means, np.array([self.labels[s] for s in samples], dtype=np.int64)
+        return np.array(samples, dtype=np.int64), means, np.array([self.labels[s] for s in samples], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,7 @@ def metrics(scores: Scores, num_classes: int) -> Metrics:
     return Metrics(
         top1=float(confusion.trace() / max(1, videos)),
         top5=top5 / max(1, videos),
-        mean_class=float((confusion.diagonal()[present] / totals[present]).mean()) if videos else 0.0,
+        mean_class=float((confusion.diagonal()[present] / totals[present]).mean()) if present.any() else 0.0,
         videos=videos,
         failed={sample: reason for sample, (_, reason) in scores.failed.items()},
         confusion=confusion,
@@ -126,13 +126,14 @@ def score(network: nn.Module, batches: Iterable[ClipBatch], *, device: torch.dev
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             logits = network(batch.video)
         scores.add(batch, logits.float().softmax(1))
+    for sample in [s for s, row in scores.sums.items() if not np.isfinite(row).all()]:
+        # Sorting would make class 0 of it.
+        scores.fail(sample, scores.labels[sample], "the network's scores are not finite")
     return scores
 
 
 @torch.no_grad()
-def decoder_errors(
-    network: Rev2Net, batches: Iterable[ClipBatch], *, ranks: Ranks, precision: str
-) -> dict[str, float]:
+def decoder_errors(network: Rev2Net, batches: Iterable[ClipBatch], *, ranks: Ranks, precision: str) -> dict[str, float]:
     """How well the decoders do on unseen clips, each beside what knowing nothing would give.
 
     Returns:

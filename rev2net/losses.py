@@ -98,12 +98,19 @@ def norm(difference: Tensor, reduction: Reduction) -> Tensor:
 
     `rms` divides it by the square root of a sample's number of elements. The gradient at zero is zero.
     """
-    flat = difference.float().flatten(1)
-    squares = flat.square().mean(1) if reduction == "rms" else flat.square().sum(1)
-    # sqrt has an infinite slope at zero, and 0 * inf is NaN: the branch not taken must not see the zero.
-    positive = squares > 0
-    roots = torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
-    return roots.mean()
+    values = difference.float()
+    if values.ndim == 5:
+        # Flattened in the order of memory: otherwise the volume is copied and, worse, its gradient comes back in
+        # another layout than the activations', which slows everything elementwise in the decoders' backward pass.
+        channels_last = values.is_contiguous(memory_format=torch.channels_last_3d)
+        values = (values.movedim(1, -1) if channels_last else values).flatten(3)
+    # Rows first: a float32 sum over the millions of elements of a volume would lose digits. The gradient that
+    # vector_norm has at zero is zero, of a row as of a sample.
+    rows = torch.linalg.vector_norm(values, dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(rows.reshape(len(rows), -1), dim=1)
+    if reduction == "rms":
+        norms = norms / difference[0].numel() ** 0.5
+    return norms.mean()
 
 
 def ddp_low(output: Rev2NetOutput, reduction: Reduction) -> Tensor:

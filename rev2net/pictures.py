@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib
-
-matplotlib.use("Agg")  # no screen on a cluster
-
-import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,7 +17,9 @@ def confusion_matrix(counts: npt.NDArray[np.int64], classes: tuple[str, ...], ti
     """Rows are true classes, colours are shares of the row; counts are written where there is room."""
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
     side = min(16.0, max(5.0, 0.35 * len(classes) + 2.5))
-    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    # Not through pyplot, which would keep every figure of a long run.
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     axes.set(title=title, xlabel="predicted", ylabel="true")
     if len(classes) <= 60:
@@ -55,15 +52,14 @@ def decoders(network: Rev2Net, batch: ClipBatch, title: str, columns: int = 8) -
         scale = float(batch.flow[0, :, picked].norm(dim=0).quantile(0.98).clamp_min(1e-3))
         for name, flow in (("target flow", batch.flow[0]), ("predicted flow", output.flow[0])):
             rows.append((name, [_colours(flow[:, t], scale) for t in picked]))
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(1.5 * columns, 1.6 * len(rows) + 0.4), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(1.5 * columns, 1.6 * len(rows) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     figure.suptitle(title)
     for (name, pictures), line in zip(rows, axes, strict=True):
         for t, picture, axis in zip(picked, pictures, line, strict=True):
             axis.imshow(picture.permute(1, 2, 0).cpu().numpy())
             axis.set(xticks=[], yticks=[])
-            if line is axes[0]:
+            if name == "input":
                 axis.set_title(f"frame {t}", fontsize=8)
         line[0].set_ylabel(name, fontsize=9)
     return figure

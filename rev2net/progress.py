@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import resource
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dataloaders.errors import UserError
+from rev2net.config import parse_range
 from rev2net.distributed import Ranks
 
 log = logging.getLogger("rev2net")
@@ -107,13 +106,8 @@ class Profile:
 
     def __init__(self, steps: str | None, folder: Path) -> None:
         self._folder = folder
-        self._range: tuple[int, int] | None = None
+        self._range = None if steps is None else parse_range(steps, "profile.steps")
         self._profiler: Any = None
-        if steps is not None:
-            match = re.fullmatch(r"(\d+)-(\d+)", steps)
-            if match is None or int(match[1]) > int(match[2]):
-                raise UserError(f"profile.steps={steps!r} is not a range of steps: write FIRST-LAST, such as 20-30")
-            self._range = (int(match[1]), int(match[2]))
 
     def step(self, done: int) -> None:
         """After each step: start before the first of the range, stop after the last."""

@@ -38,8 +38,18 @@ class Tracker:
         from mlflow.tracking import MlflowClient  # seconds to import, and only rank 0 needs it
 
         self._client = MlflowClient(self.uri)
-        self.run_id = run_id if run_id is not None else self._create(config)
+        self.run_id = run_id if run_id is not None and self._has(run_id) else self._create(config)
         self._client.update_run(self.run_id, status="RUNNING")
+
+    def _has(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.get_run(run_id)
+        except MlflowException:
+            log.warning("%s does not know the run %s that the checkpoint was in: a new run is made", self.uri, run_id)
+            return False
+        return True
 
     def _create(self, config: Config) -> str:
         name = config.tracking.experiment

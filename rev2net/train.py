@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,7 +69,9 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
     """
     done = _finished(config)
     if done is not None:
-        log.info("%s is complete (step %d): nothing to do; choose another output= to train again", config.output, done.step)
+        log.info(
+            "%s is complete (step %d): nothing to do; choose another output= to train again", config.output, done.step
+        )
         return done
     run = TrainingRun(config)
     with ExitStack() as stack:
@@ -99,8 +102,8 @@ class TrainingRun:
         self.data = open_data(config)
         samples = self.data.num_samples(config.data.train_split)
         batch = config.train.global_batch
-        self._in_steps = lambda text, name: to_steps(text, name, global_batch=batch, epoch_samples=samples)
-        self.total: int = self._in_steps(config.train.duration, "train.duration")
+        self._in_steps = partial(to_steps, global_batch=batch, epoch_samples=samples)
+        self.total = self._in_steps(config.train.duration, "train.duration")
         self.schedule: Schedule = build_schedule(config, total=self.total, epoch_samples=samples)
         self.folder = Path(config.output) / "checkpoints"
         join(self.ranks, config.train.threads)
@@ -111,7 +114,9 @@ class TrainingRun:
         self.run_id = self.ranks.broadcast(self.tracker.run_id)
         self.loader = self._train_loader()
         self._batches: Iterator[ClipBatch] = iter(self.loader)
-        self.log = StepLog(total=self.total, first=self.step, batch=batch, every=config.train.log_every, ranks=self.ranks)
+        self.log = StepLog(
+            total=self.total, first=self.step, batch=batch, every=config.train.log_every, ranks=self.ranks
+        )
         self.profile = Profile(config.profile.steps if self.ranks.first else None, Path(config.output))
         if self.ranks.first:
             Path(config.output).mkdir(parents=True, exist_ok=True)
@@ -162,7 +167,8 @@ class TrainingRun:
     def _announce(self, resumed: Path | None) -> None:
         parameters = sum(p.numel() for p in build_encoder(self.config.model, len(self.data.classes)).parameters())
         log.info(
-            "%s with %s on %s: %d clips, %d classes, %d steps of %d clips on %d %s rank(s), encoder of %.1f M parameters",
+            "%s with %s on %s: %d clips, %d classes, %d steps of %d clips on %d %s rank(s), "
+            "encoder of %.1f M parameters",
             self.config.model.name,
             " and ".join(self.config.decoders) + " decoder" if self.config.decoders else "no decoder",
             self.config.data.path,
@@ -186,7 +192,7 @@ class TrainingRun:
             batch = next(self._batches).to(self.ranks.device, channels_last=self.config.train.channels_last)
             keys += batch.keys
             for name, value in self.engine.forward_backward(batch, self.step, index).items():
-                sums[name] = sums.get(name, 0.0) + value / self.accumulation  # type: ignore[operator]
+                sums[name] = sums.get(name, 0.0) + value / self.accumulation
             if index == self.accumulation - 1:
                 scalars, stopped = self._agree(sums, stop, keys)
             self.engine.micro_step()
@@ -234,7 +240,7 @@ class TrainingRun:
         weights = checkpoint.gather_weights(self.engine)
         network = build_network(without_imagenet(self.config), len(self.data.classes))
         network.load_state_dict(weights)
-        network = network.to(self.ranks.device, memory_format=torch.channels_last_3d).eval()
+        network = network.to(self.ranks.device).to(memory_format=torch.channels_last_3d).eval()
         accuracy = evaluate_split(network, self.data, self.config, self.ranks)
         values = {"val/top1": accuracy.top1, "val/top5": accuracy.top5, "val/mean_class": accuracy.mean_class}
         if self.config.decoders:
@@ -339,7 +345,7 @@ def evaluate_split(
         scores.fail(failure.sample, failure.label, failure.reason)
     whole = merge(ranks.gather(scores))
     for sample, (_, reason) in sorted(whole.failed.items()):
-        log.warning("video %d of %s could not be decoded and counts as wrong: %s", sample, config.data.path, reason)
+        log.warning("video %d of %s counts as wrong: %s", sample, config.data.path, reason)
     return metrics(whole, len(data.classes))
 
 

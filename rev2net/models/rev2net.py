@@ -178,11 +178,12 @@ class FrameOutput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """N 32 T/2 H/2 W/2 -> N 3 T H W in [-1, 1]."""
-        up = self.up(x).float()
-        foreground, mask = torch.tanh(up[:, :3]), torch.sigmoid(up[:, 3:])
+        # Plane by plane in memory: in channels_last the slices have no run longer than 3 elements.
+        up = self.up(x).to(torch.float32, memory_format=torch.contiguous_format)
+        foreground, mask = up.split((3, 1), 1)
         background = torch.tanh(self.background(x.mean(2, keepdim=True)).float())
         background = F.interpolate(background.squeeze(2), self.clip[1:], mode="bilinear", align_corners=False)
-        return torch.lerp(background.unsqueeze(2), foreground, mask)
+        return torch.lerp(background.unsqueeze(2), torch.tanh(foreground), torch.sigmoid(mask))
 
 
 class Rev2Net(nn.Module):

@@ -1,0 +1,206 @@
+"""Whole trainings through the real parts: the deepspeed launcher, DALI, gloo, an MLflow store read back."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
+from tiny import BIN, TINY, Trained, run
+
+from dataloaders.errors import UserError
+from rev2net import checkpoint
+from rev2net.cli import main
+from rev2net.config import load_config
+from rev2net.losses import TERMS
+from rev2net.models import I3D
+from rev2net.train import train
+
+
+
+@pytest.fixture(scope="module")
+def client(trained: Trained) -> MlflowClient:
+    """The store that the training made by itself."""
+    return MlflowClient(f"sqlite:///{trained.output.parent / 'mlflow.db'}")
+
+
+def test_p11_one_run_for_two_ranks_with_all_terms_and_artifacts(trained: Trained, client: MlflowClient) -> None:
+    experiment = client.get_experiment_by_name("rev2net")
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 1
+    found = runs[0]
+    assert found.info.status == "FINISHED"
+    assert found.data.params["train.global_batch"] == "4" and found.data.params["loss.alpha"] == "0.01"
+    for term in TERMS:
+        history = client.get_metric_history(found.info.run_id, term)
+        assert [m.step for m in history] == [1, 2, 3, 4, 5, 6], term
+        assert all(m.value == m.value and abs(m.value) < 1e4 for m in history)
+    wanted = {"lr", "clips_per_second", "data_wait_share", "step_seconds", "memory_gib", "val/top1", "val/top5"}
+    assert wanted <= found.data.metrics.keys()
+    artifacts = {f.path for f in client.list_artifacts(found.info.run_id)}
+    assert {"config.yaml", "confusion_matrix.png", "decoders.png"} <= artifacts
+    assert "version.torch" in found.data.tags
+
+
+def test_log_line_holds_everything(trained: Trained) -> None:
+    lines = re.findall(r"^step \d+/6 .*$", trained.stdout, re.MULTILINE)
+    assert len(lines) == 6
+    for word in ("ce", "ddp_high", "ddp_low", "flow", "frame", "total", "lr", "s/step", "wait", "clips/s", "GiB", "ETA"):
+        assert f" {word}" in lines[-1], lines[-1]
+    assert "(100%)" in lines[-1]
+
+
+def test_run_folder_holds_config_trace_and_whole_checkpoints(trained: Trained) -> None:
+    assert yaml.safe_load((trained.output / "config.yaml").read_text())["train"]["zero_stage"] == 1
+    assert json.loads((trained.output / "profile.trace.json").read_text())["traceEvents"]
+    folder = trained.output / "checkpoints"
+    assert (folder / "latest").read_text() == "step-00000006"
+    assert [p.name for p in checkpoint.checkpoints(folder)] == ["step-00000003", "step-00000006"]
+    buffers = load_file(folder / "step-00000006" / "buffers.safetensors")
+    name = "encoder.Conv3d_1a_7x7.bn.running_mean"
+    assert not torch.equal(buffers[f"0/{name}"], buffers[f"1/{name}"])
+    averaged = load_file(folder / "step-00000006" / "weights.safetensors")[name]
+    torch.testing.assert_close(averaged, (buffers[f"0/{name}"] + buffers[f"1/{name}"]) / 2)
+
+
+def test_same_command_again_does_nothing(trained: Trained, client: MlflowClient) -> None:
+    before = (trained.output / "checkpoints" / "step-00000006" / "state.json").stat().st_mtime_ns
+    assert "is complete" in run(*trained.command).stdout
+    assert (trained.output / "checkpoints" / "step-00000006" / "state.json").stat().st_mtime_ns == before
+    assert len(client.search_runs([client.get_experiment_by_name("rev2net").experiment_id])) == 1
+
+
+def test_test_time_network_is_a_bare_i3d(trained: Trained) -> None:
+    encoder, _, _ = checkpoint.load_encoder(checkpoint.find(trained.output))
+    bare = I3D(8, width=0.25)
+    assert type(encoder) is I3D and encoder.state_dict().keys() == bare.state_dict().keys()
+    assert sum(p.numel() for p in encoder.parameters()) == sum(p.numel() for p in bare.parameters())
+
+
+def test_p2_eval_counts_every_video_once_on_any_number_of_ranks(
+    trained: Trained, tiny_data: Path, tmp_path: Path
+) -> None:
+    base = ("eval", str(trained.output), str(tiny_data), "--views", "2x3")
+    assert main([*base, "--json", str(tmp_path / "1.json")]) == 0
+    # 8 videos on 3 ranks: the ranks have different numbers of videos.
+    run(str(BIN / "torchrun"), "--nproc_per_node", "3", "-m", "rev2net", *base, "--json", str(tmp_path / "3.json"))
+    one, three = (json.loads((tmp_path / name).read_text()) for name in ("1.json", "3.json"))
+    assert one["videos"] == 8 and sum(map(sum, one["confusion"])) == 8
+    assert one == three
+
+
+def test_p4_resume_is_bit_equal_and_stays_in_the_same_run(tiny_data: Path, tmp_path: Path) -> None:
+    def configuration(name: str) -> list[str]:
+        return ["configs/demo.yaml", *TINY, f"data.path={tiny_data}", f"output={tmp_path}/{name}", "train.duration=5steps"]
+
+    whole, parts = (load_config(c[0], c[1:]) for c in (configuration("whole"), configuration("parts")))
+    train(whole)
+    asked = iter([False, False, True])
+    stopped = train(parts, stop_requested=lambda: next(asked))
+    assert (stopped.step, stopped.finished, stopped.metrics) == (3, False, {})
+    finished = train(parts)
+    assert finished.finished and finished.run_id == stopped.run_id
+    client = MlflowClient(finished.tracking_uri)
+    experiment = client.get_experiment_by_name("rev2net").experiment_id
+    ids = {r.info.run_name: r.info.run_id for r in client.search_runs([experiment])}
+    for term in TERMS:
+        a, b = ([m.value for m in client.get_metric_history(ids[n], term)] for n in ("whole", "parts"))
+        assert len(a) == 5 and a == b, term
+    last = [load_file(tmp_path / n / "checkpoints/step-00000005/weights.safetensors") for n in ("whole", "parts")]
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+
+
+def test_p5_every_zero_stage_saves_restores_and_agrees(tiny_data: Path, tmp_path: Path) -> None:
+    worker = str(Path(__file__).with_name("zero_worker.py"))
+    run(str(BIN / "torchrun"), "--nproc_per_node", "2", worker, str(tiny_data), str(tmp_path))
+    results = json.loads((tmp_path / "losses.json").read_text())
+    for case, losses in results.items():
+        assert losses["after"] == losses["again"], case
+    # The stage moves memory around; it does not change the training.
+    assert results["zero0-adamw-bf16"]["after"] == pytest.approx(results["zero3-adamw-bf16"]["after"], rel=1e-5)
+    assert results["zero0-adamw-bf16"]["after"] == pytest.approx(results["zero1-adamw-bf16"]["after"], rel=1e-5)
+    assert results["zero2-sgd-fp32"]["after"] == pytest.approx(results["zero3-sgd-fp32"]["after"], rel=1e-5)
+
+
+def test_p5_checkpoint_of_two_ranks_goes_on_on_one(trained: Trained, tiny_data: Path, tmp_path: Path) -> None:
+    """Two ranks, then one with twice the accumulation: the loss of the next step agrees to 1e-5."""
+    folder = tmp_path / "moved" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "step-00000003").symlink_to(trained.output / "checkpoints" / "step-00000003")
+    config = load_config(
+        "configs/demo.yaml", [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/moved", "train.threads=1"]
+    )
+    losses = []
+    for result in (json.loads((trained.output / "result.json").read_text()), asdict(train(config))):
+        history = MlflowClient(result["tracking_uri"]).get_metric_history(result["run_id"], "loss/total")
+        losses.append({m.step: m.value for m in history})
+    assert losses[1].keys() == {4, 5, 6}, "the resumed training does not start at the checkpoint's step"
+    for step, value in losses[1].items():
+        assert value == pytest.approx(losses[0][step], rel=1e-5)
+
+
+def test_init_from_replaces_the_head_only(trained: Trained, tiny_data: Path, tmp_path: Path) -> None:
+    config = load_config(
+        "configs/demo.yaml",
+        [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/ft", f"init_from={trained.output}", "train.duration=1steps",
+         "optim.lr=1e-12", "optim.weight_decay=0", "tracking.enabled=false"],
+    )  # fmt: skip
+    train(config)
+    source = checkpoint.read_tensors(checkpoint.find(trained.output), "weights")
+    tuned = checkpoint.read_tensors(checkpoint.find(tmp_path / "ft"), "weights")
+    torch.testing.assert_close(tuned["encoder.Mixed_4b.b0.conv3d.weight"], source["encoder.Mixed_4b.b0.conv3d.weight"])
+    fresh = "flow_output.flow.weight"
+    assert not torch.allclose(tuned[fresh], source[fresh])
+
+
+def _fails(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    """Run a command that is a user's mistake; its one sentence."""
+    assert main(list(command)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error and len(error.splitlines()) == 1 and "Traceback" not in error, error
+    return error
+
+
+def test_p12_user_mistakes_are_one_sentence(
+    trained: Trained, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = ("train", "configs/demo.yaml", f"data.path={tiny_data}", f"output={tmp_path}/run", *TINY)
+    assert "train.zero_stage" in _fails(capsys, *demo, "train.zero_stge=2")
+    assert "data.size" in _fails(capsys, *demo, "data.size=50")
+    assert "train.global_batch" in _fails(capsys, *demo, "train.global_batch=5")
+    assert "nowhere" in _fails(capsys, *demo, "data.path=nowhere")
+    assert "no configuration file" in _fails(capsys, "train", "configs/none.yaml")
+    assert "init_from" in _fails(
+        capsys, *demo, f"output={trained.output}", "train.duration=9steps", "model.width=0.5"
+    )
+    assert "sync_bn" in _fails(capsys, *demo, "model.sync_bn=true")
+    assert "checkpoint" in _fails(capsys, "eval", str(tmp_path), str(tiny_data))
+    assert "whole" in _fails(capsys, "eval", str(trained.output), str(tiny_data), "--views", "many")
+    assert "train" in _fails(capsys, "eval", str(trained.output), str(tiny_data), "--split", "test")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_p12_batch_that_ranks_cannot_divide_through_the_launcher(tiny_data: Path, tmp_path: Path) -> None:
+    done = run(
+        *("deepspeed", "--num_gpus", "2", "--module", "rev2net", "train", "configs/demo.yaml", *TINY),
+        *(f"data.path={tiny_data}", f"output={tmp_path}/run", "train.global_batch=6"),
+        expect=2,
+    )
+    assert "cannot be divided" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_p12_flow_decoder_without_flow_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    clips = tiny_data.parent / "clips"
+    assert main(["prepare", "folder", str(clips), str(tmp_path / "d"), "--codec", "vp9", "--short-side", "128", "--no-flow"]) == 0
+    config = load_config("configs/demo.yaml", [*TINY, f"data.path={tmp_path}/d", f"output={tmp_path}/run"])
+    with pytest.raises(UserError, match="without --no-flow"):
+        train(config)
+    assert sys.modules.get("cluster") is None, "rev2net must not import cluster"

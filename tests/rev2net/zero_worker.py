@@ -1,0 +1,75 @@
+"""Run under torchrun: for every ZeRO stage and optimizer, save, restore and go on, and compare losses.
+
+Arguments: data folder, output folder. Rank 0 writes losses.json: {case: [loss of each step]}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from tiny import TINY
+from rev2net import checkpoint
+from rev2net.config import load_config
+from rev2net.train import TrainingRun
+
+FIRST, LAST = 2, 4
+
+
+def losses(run: TrainingRun, until: int) -> list[float]:
+    """Train to a step; the total loss of each step."""
+    found = []
+    while run.step < until:
+        scalars, _ = run.train_step(False)
+        found.append(scalars["loss/total"])
+    return found
+
+
+def main() -> None:
+    """All cases, one after the other, in this process group."""
+    data, output = sys.argv[1:]
+    results: dict[str, dict[str, list[float]]] = {}
+    for stage, optimizer, precision in (
+        (0, "adamw", "bf16"),
+        (1, "adamw", "bf16"),
+        (2, "sgd", "fp32"),
+        (3, "adamw", "bf16"),
+        (3, "sgd", "fp32"),
+        (0, "sgd", "fp32"),
+    ):
+        case = f"zero{stage}-{optimizer}-{precision}"
+        config = load_config(
+            "configs/demo.yaml",
+            [
+                *TINY,
+                f"data.path={data}",
+                f"output={output}/{case}",
+                f"train.zero_stage={stage}",
+                f"optim.name={optimizer}",
+                "optim.lr=0.003",
+                f"train.precision={precision}",
+                "tracking.enabled=false",
+            ],
+        )
+        unbroken = TrainingRun(config)
+        before = losses(unbroken, FIRST)
+        unbroken.save()
+        weights = checkpoint.gather_weights(unbroken.engine)
+        after = losses(unbroken, LAST)
+        unbroken.loader.close()
+        resumed = TrainingRun(config)
+        assert resumed.step == FIRST
+        restored = checkpoint.gather_weights(resumed.engine)
+        assert all(torch.equal(weights[name], restored[name]) for name in weights)
+        again = losses(resumed, LAST)
+        resumed.loader.close()
+        results[case] = {"before": before, "after": after, "again": again}
+    if unbroken.ranks.first:
+        Path(output, "losses.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
