@@ -54,9 +54,7 @@ def clip_pipeline(
     Args:
         size: height and width of the clips.
     """
-    pipeline = Pipeline(
-        batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=1, seed=0
-    )
+    pipeline = Pipeline(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=1, seed=0)
     with pipeline:
         flip = _input("flip", types.INT32, 0)
         frames = _cut(_decoded("rgb", words), "crop", flip, words, size)
@@ -164,9 +162,7 @@ class DALIBackend:
     def _run(self, requests: Sequence[ClipRequest]) -> RawClips:
         outputs = self._pipeline.run(**_feeds(requests, with_flow=self._with_flow))
         tensors = [self._tensor(output) for output in outputs]
-        return RawClips(
-            frames=tensors[0], flow=torch.cat(tensors[1:], dim=-1) if self._with_flow else None
-        )
+        return RawClips(frames=tensors[0], flow=torch.cat(tensors[1:], dim=-1) if self._with_flow else None)
 
     def _tensor(self, output: Any) -> torch.Tensor:
         """A torch tensor on the same device; copied there, since DALI may use its memory again."""

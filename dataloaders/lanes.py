@@ -46,9 +46,7 @@ class Lane:
             self._readers[path] = reader
             self._entries += len(reader)
         self._readers.move_to_end(path)
-        while len(self._readers) > 1 and (
-            len(self._readers) > _MAX_OPEN_SHARDS or self._entries > _MAX_OPEN_ENTRIES
-        ):
+        while len(self._readers) > 1 and (len(self._readers) > _MAX_OPEN_SHARDS or self._entries > _MAX_OPEN_ENTRIES):
             _, oldest = self._readers.popitem(last=False)
             self._entries -= len(oldest)
             oldest.close()

@@ -209,9 +209,7 @@ class TrainLoader:
         place = self._order.locate(position)
 
         def plan(info: SampleInfo) -> ClipPlan:
-            return train_plan(
-                info, self._shape, self._augment, seed=self._seed, epoch=place.epoch, sample=place.sample
-            )
+            return train_plan(info, self._shape, self._augment, seed=self._seed, epoch=place.epoch, sample=place.sample)
 
         info, parts = self._source.read(lane, place)
         return self._source.request(place, info, parts, plan(info), self._shape)
@@ -365,9 +363,7 @@ class EvalLoader:
                 return _Loaded.of(raw, requests, self._device, [], failed)
             except DecodeError as error:
                 bad = next(request for request in requests if request.key == error.key)
-                failure = Failure(
-                    sample=bad.sample, key=error.key, label=bad.info.label, reason=error.reason
-                )
+                failure = Failure(sample=bad.sample, key=error.key, label=bad.info.label, reason=error.reason)
                 failed.append(failure)
                 requests = [request for request in requests if request.sample != bad.sample]
         return _Loaded(requests=[], raw=None, batch=None, failures=[], failed=failed)
@@ -380,12 +376,8 @@ class EvalLoader:
             plans = [whole_video(info, shape, backwards=self._backwards)]
             shape = replace(shape, frames=len(plans[0].frames))
         else:
-            plans = test_views(
-                info, shape, self._views.temporal, self._views.spatial, backwards=self._backwards
-            )
-        return [
-            self._source.request(place, info, parts, plans[view], shape, view) for view in sorted(wanted)
-        ]
+            plans = test_views(info, shape, self._views.temporal, self._views.spatial, backwards=self._backwards)
+        return [self._source.request(place, info, parts, plans[view], shape, view) for view in sorted(wanted)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -429,9 +421,7 @@ def _pinned(raw: RawClips) -> RawClips:
     """Page-locked memory, from which a GPU copies in the background."""
     if raw.frames.is_cuda:
         return raw
-    return RawClips(
-        frames=raw.frames.pin_memory(), flow=None if raw.flow is None else raw.flow.pin_memory()
-    )
+    return RawClips(frames=raw.frames.pin_memory(), flow=None if raw.flow is None else raw.flow.pin_memory())
 
 
 def _check_batches(global_batch: int, micro_batch: int, world_size: int) -> None:

@@ -117,9 +117,7 @@ class Views:
         return self.temporal * self.spatial
 
 
-def train_plan(
-    info: SampleInfo, shape: ClipShape, augment: Augment, *, seed: int, epoch: int, sample: int
-) -> ClipPlan:
+def train_plan(info: SampleInfo, shape: ClipShape, augment: Augment, *, seed: int, epoch: int, sample: int) -> ClipPlan:
     """Draw a training clip: random position in time, multi-scale random crop, flip, colour jitter."""
     draws = Draws(Purpose.CLIP_PLAN, seed, epoch, sample)
     span = (shape.frames - 1) * shape.stride + 1

@@ -146,9 +146,7 @@ def _claim(out: Path, identity: Mapping[str, Any]) -> bool:
             "give another folder, or delete that one first"
         )
     if out.is_dir() and any(entry.name != WORK for entry in out.iterdir()):
-        raise UserError(
-            f"output folder {out} holds something that is no data set; give a new or empty folder"
-        )
+        raise UserError(f"output folder {out} holds something that is no data set; give a new or empty folder")
     work_settings.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(work_settings, json.dumps(identity).encode())
     return False
@@ -157,9 +155,7 @@ def _claim(out: Path, identity: Mapping[str, Any]) -> bool:
 def _difference(found: Any, wanted: Mapping[str, Any]) -> str:
     try:
         there, here = found["preparation"], wanted["preparation"]
-        changed = [
-            f"{name} {there[name]} (now {value})" for name, value in here.items() if there[name] != value
-        ]
+        changed = [f"{name} {there[name]} (now {value})" for name, value in here.items() if there[name] != value]
     except (TypeError, KeyError):
         changed = []
     return f"other settings: {', '.join(changed)}" if changed else "another list of clips"
@@ -227,9 +223,7 @@ def _transcode_to_files(work: Path, settings: PrepareSettings, clip: SourceClip)
     return None
 
 
-def _transcode_all(
-    listing: SourceListing, work: Path, settings: PrepareSettings, workers: int
-) -> tuple[BadClip, ...]:
+def _transcode_all(listing: SourceListing, work: Path, settings: PrepareSettings, workers: int) -> tuple[BadClip, ...]:
     todo = [clip for clip in listing.clips if not _is_done(work, clip.key)]
     _say_scaling(settings)
     if len(todo) < len(listing.clips):
@@ -245,9 +239,7 @@ def _transcode_all(
     return tuple(sorted(bad, key=lambda entry: entry.file))
 
 
-def _in_processes(
-    job: partial[BadClip | None], clips: Sequence[SourceClip], workers: int
-) -> Iterator[BadClip | None]:
+def _in_processes(job: partial[BadClip | None], clips: Sequence[SourceClip], workers: int) -> Iterator[BadClip | None]:
     # spawn: the caller may hold threads (torch, FFmpeg), which do not survive a fork.
     context = multiprocessing.get_context("spawn")
     waiting = iter(clips)

@@ -42,22 +42,14 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Transcode videos, compute their optical flow, and pack both into tar shards."
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="{folder,list}")
     plain = argparse.RawDescriptionHelpFormatter
-    folder = kinds.add_parser(
-        "folder", help="a folder per class", description=_FOLDER_HELP, formatter_class=plain
-    )
+    folder = kinds.add_parser("folder", help="a folder per class", description=_FOLDER_HELP, formatter_class=plain)
     folder.add_argument("source", type=Path, metavar="SOURCE", help="folder of the videos")
-    lists = kinds.add_parser(
-        "list", help="lists of `path label`", description=_LIST_HELP, formatter_class=plain
-    )
-    lists.add_argument(
-        "source", type=Path, metavar="SOURCE", help="list of the training clips, or a folder of lists"
-    )
+    lists = kinds.add_parser("list", help="lists of `path label`", description=_LIST_HELP, formatter_class=plain)
+    lists.add_argument("source", type=Path, metavar="SOURCE", help="list of the training clips, or a folder of lists")
     lists.add_argument("--val", type=Path, metavar="LIST", help="list of the validation clips")
     lists.add_argument("--test", type=Path, metavar="LIST", help="list of the test clips")
     lists.add_argument("--root", type=Path, help="folder that the paths are relative to (the list's own)")
-    lists.add_argument(
-        "--classes", type=Path, metavar="FILE", help="class names, one a line, in the order of labels"
-    )
+    lists.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, in the order of labels")
     for kind, fraction in ((folder, 0.2), (lists, 0.0)):
         kind.add_argument("out", type=Path, metavar="OUT", help="folder to make")
         kind.add_argument(
@@ -85,12 +77,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--flow-scale", type=float, choices=FLOW_SCALES, default=0.5, help="size of flow to RGB (%(default)s)"
     )
     parser.add_argument("--no-flow", action="store_true", help="store no flow")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the order and the validation share (%(default)s)"
-    )
-    parser.add_argument(
-        "--shard-mb", type=float, default=256, metavar="MB", help="size of a shard (%(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order and the validation share (%(default)s)")
+    parser.add_argument("--shard-mb", type=float, default=256, metavar="MB", help="size of a shard (%(default)s)")
     parser.add_argument("--workers", type=int, default=None, help="processes (the number of cores)")
     parser.add_argument(
         "--max-bad",
@@ -153,19 +141,13 @@ def _listing(args: argparse.Namespace) -> SourceListing:
             raise UserError(f"folder {source} holds no train.txt; give a list, or a folder that holds one")
     else:
         lists["train"] = source
-    lists.update(
-        {split: file for split, file in (("val", args.val), ("test", args.test)) if file is not None}
-    )
+    lists.update({split: file for split, file in (("val", args.val), ("test", args.test)) if file is not None})
     if "val" in lists and args.val_fraction > 0:
         raise UserError("--val-fraction is given beside a list of the split val; give only one of them")
     root = args.root if args.root is not None else lists["train"].parent
     if not root.is_dir():
-        raise UserError(
-            f"--root {root} does not exist; give the folder that the lists' paths are relative to"
-        )
-    return read_lists(
-        lists.items(), root, classes_file=args.classes, val_fraction=args.val_fraction, seed=args.seed
-    )
+        raise UserError(f"--root {root} does not exist; give the folder that the lists' paths are relative to")
+    return read_lists(lists.items(), root, classes_file=args.classes, val_fraction=args.val_fraction, seed=args.seed)
 
 
 def _tell(report: PrepareReport, listing: SourceListing, args: argparse.Namespace, seconds: float) -> int:

@@ -28,10 +28,7 @@ Picture = npt.NDArray[np.uint8]
 # Chroma brought to full resolution by bilinear interpolation, exact rounding: the very bytes that DALI makes on a CPU.
 # Without these flags swscale repeats chroma and is off by 1.3 levels on average, too dark by as much.
 _CONVERSION = (
-    Interpolation.BILINEAR
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.ACCURATE_RND
-    | Interpolation.BITEXACT
+    Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 )
 
 
@@ -48,9 +45,7 @@ class PyAVBackend:
         clips = [clip for future in futures for clip in future.result()]
         flows = [flow for _, flow in clips if flow is not None]
         assert len(flows) in (0, len(clips)), "all clips with flow or all without"
-        return RawClips(
-            frames=torch.stack([frames for frames, _ in clips]), flow=torch.stack(flows) if flows else None
-        )
+        return RawClips(frames=torch.stack([frames for frames, _ in clips]), flow=torch.stack(flows) if flows else None)
 
     def close(self) -> None:
         """Stop the threads after the clips in hand."""

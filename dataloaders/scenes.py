@@ -78,13 +78,13 @@ class Domain:
 
 DOMAINS: dict[str, Domain] = {
     "a": Domain(
-        outline="blob", objects=(4, 6), hue=(-0.06, 0.22), saturation=(0.35, 0.95), value=(0.6, 1.0), backdrop=(0.1, 0.4),
-        contrast=(0.7, 1.0), slope=(1.0, 1.5), stripes=0.15, pan=0.6, spin=0.2, zoom=0.002, shake=0.0,
+        outline="blob", objects=(4, 6), hue=(-0.06, 0.22), saturation=(0.35, 0.95), value=(0.6, 1.0),
+        backdrop=(0.1, 0.4), contrast=(0.7, 1.0), slope=(1.0, 1.5), stripes=0.15, pan=0.6, spin=0.2, zoom=0.002, shake=0.0,
         blur=(0.0, 0.4), noise=(1.0, 3.0),
     ),
     "b": Domain(
-        outline="polygon", objects=(5, 7), hue=(0.45, 0.80), saturation=(0.0, 0.45), value=(0.45, 0.85), backdrop=(0.1, 0.35),
-        contrast=(0.4, 0.9), slope=(0.6, 1.1), stripes=0.6, pan=1.2, spin=0.5, zoom=0.006, shake=0.5,
+        outline="polygon", objects=(5, 7), hue=(0.45, 0.80), saturation=(0.0, 0.45), value=(0.45, 0.85),
+        backdrop=(0.1, 0.35), contrast=(0.4, 0.9), slope=(0.6, 1.1), stripes=0.6, pan=1.2, spin=0.5, zoom=0.006, shake=0.5,
         blur=(0.5, 1.0), noise=(4.0, 8.0),
     ),
 }  # fmt: skip

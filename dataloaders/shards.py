@@ -107,9 +107,7 @@ class DataSet:
         self.manifest = manifest
         self._fingerprint = fingerprint
         self._shards = {
-            split: tuple(
-                ShardInfo(path=folder / shard["file"], samples=shard["samples"]) for shard in entry["shards"]
-            )
+            split: tuple(ShardInfo(path=folder / shard["file"], samples=shard["samples"]) for shard in entry["shards"])
             for split, entry in manifest["splits"].items()
         }
 
@@ -169,9 +167,7 @@ class DataSet:
     def shards(self, split: str) -> tuple[ShardInfo, ...]:
         """The split's shards in their order on disk; UserError for an unknown split."""
         if split not in self._shards:
-            raise UserError(
-                f"data set {self.folder} has no split {split!r}; it has {', '.join(self.splits) or 'none'}"
-            )
+            raise UserError(f"data set {self.folder} has no split {split!r}; it has {', '.join(self.splits) or 'none'}")
         return self._shards[split]
 
     def num_samples(self, split: str) -> int:

@@ -217,9 +217,7 @@ def _read_list(file: Path) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _labels(
-    words: Sequence[tuple[str, str]], classes_file: Path | None
-) -> tuple[tuple[str, ...], Sequence[int]]:
+def _labels(words: Sequence[tuple[str, str]], classes_file: Path | None) -> tuple[tuple[str, ...], Sequence[int]]:
     classes: tuple[str, ...] | None = None
     if classes_file is not None:
         if not classes_file.is_file():
@@ -237,9 +235,7 @@ def _labels(
     if classes is None:
         for word, where in words:
             if re.fullmatch(r"-?\d+", word):
-                raise UserError(
-                    f"{where} has label {word} among labels that are names; use numbers for all, or names"
-                )
+                raise UserError(f"{where} has label {word} among labels that are names; use numbers for all, or names")
         classes = tuple(sorted({word for word, _ in words}))
     numbers = {name: number for number, name in enumerate(classes)}
     for word, where in words:

@@ -89,9 +89,7 @@ def _sample_problems(data: DataSet, key: str, parts: Mapping[str, bytes], deep: 
         yield "RGB is tagged full range; it must be limited"
     if data.has_flow:
         flow = inspect_video(parts[FLOW_EXTENSION], key)
-        yield from _video_problems(
-            "flow", flow, data, info, (info.flow_width or 0, 2 * (info.flow_height or 0))
-        )
+        yield from _video_problems("flow", flow, data, info, (info.flow_width or 0, 2 * (info.flow_height or 0)))
         if not flow.full_range:
             yield "flow is not tagged full range in the bitstream: GPU decoders would lose codes"
     if deep:
@@ -131,9 +129,7 @@ def _sha256(path: Path) -> str:
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `rev2net verify` to a parser."""
-    parser.description = (
-        "Check a prepared data set: hashes, indexes, counts, tags, and with --deep every frame."
-    )
+    parser.description = "Check a prepared data set: hashes, indexes, counts, tags, and with --deep every frame."
     parser.epilog = "examples:\n  rev2net verify data\n  rev2net verify data --deep"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("data", type=Path, metavar="DATA", help="folder that `rev2net prepare` made")
@@ -147,7 +143,5 @@ def run_verify(args: argparse.Namespace) -> int:
         print(problem, file=sys.stderr)
     data = DataSet.open(args.data)
     counts = ", ".join(f"{split} {data.num_samples(split)}" for split in data.splits)
-    print(
-        f"{args.data}: {counts} samples, {len(problems) or 'no'} problem{'s' if len(problems) != 1 else ''}"
-    )
+    print(f"{args.data}: {counts} samples, {len(problems) or 'no'} problem{'s' if len(problems) != 1 else ''}")
     return 1 if problems else 0

@@ -51,9 +51,7 @@ def _has_avx512() -> bool:
 
 # The AVX-512 code of x264's macroblock tree reads memory it never wrote when the picture is narrow (80 pixels):
 # the same frames then give other bytes from one call to the next. Its AVX2 code and its C code agree.
-_X264 = {"preset": "medium", "sc_threshold": "0", "bf": "0"} | (
-    {"x264-params": "asm=avx2"} if _has_avx512() else {}
-)
+_X264 = {"preset": "medium", "sc_threshold": "0", "bf": "0"} | ({"x264-params": "asm=avx2"} if _has_avx512() else {})
 # No look-ahead and no alternative reference: every packet is one shown frame, so counts and seeks are exact.
 _VPX = {"row-mt": "1", "lag-in-frames": "0", "auto-alt-ref": "0", "b": "0"}
 _OPTIONS: dict[tuple[Codec, Content], dict[str, str]] = {

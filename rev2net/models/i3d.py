@@ -73,6 +73,9 @@ class SameMaxPool3d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """N C T H W -> N C ceil(T/s) ceil(H/s) ceil(W/s)."""
         padding = [before for before, _ in _paddings(x, self.kernel, self.stride)]
+        if x.dtype in (torch.bfloat16, torch.float16):
+            # Autocast on a CPU takes max_pool3d to float32, though a maximum rounds nothing; not the one with indices.
+            return F.max_pool3d(x, self.kernel, self.stride, padding, ceil_mode=True, return_indices=True)[0]
         return F.max_pool3d(x, self.kernel, self.stride, padding, ceil_mode=True)
 
 

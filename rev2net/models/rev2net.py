@@ -181,7 +181,9 @@ class FrameOutput(nn.Module):
         # Plane by plane in memory: in channels_last the slices have no run longer than 3 elements.
         up = self.up(x).to(torch.float32, memory_format=torch.contiguous_format)
         foreground, mask = up.split((3, 1), 1)
-        background = torch.tanh(self.background(x.mean(2, keepdim=True)).float())
+        # Seen with its channels last the mean reads memory in order (a third of the time on a CPU).
+        mean = x.movedim(1, -1).mean(1, keepdim=True, dtype=torch.float32).movedim(-1, 1)
+        background = torch.tanh(self.background(mean).float())
         background = F.interpolate(background.squeeze(2), self.clip[1:], mode="bilinear", align_corners=False)
         return torch.lerp(background.unsqueeze(2), torch.tanh(foreground), torch.sigmoid(mask))
 

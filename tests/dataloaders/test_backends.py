@@ -313,9 +313,7 @@ def test_p12_dali_without_a_gpu_says_what_to_do_about_h264() -> None:
 
 def _graph(words: DeviceWords, device_id: int | None) -> dict[str, str]:
     """What DALI says about each operator (its kind, inputs, outputs, arguments), by name; built without a GPU."""
-    pipeline = clip_pipeline(
-        words=words, device_id=device_id, batch=4, threads=2, size=(112, 112), with_flow=True
-    )
+    pipeline = clip_pipeline(words=words, device_id=device_id, batch=4, threads=2, size=(112, 112), with_flow=True)
     pipeline._build_graph()
     return {operator.name: str(operator.spec) for operator in pipeline._ops}
 

@@ -34,9 +34,7 @@ SMALL = PrepareSettings(short_side=64)
 NO_FLOW = PrepareSettings(short_side=64, flow_scale=None)
 
 
-def make_source(
-    root: Path, classes: Sequence[str] = ("jump", "run"), clips: int = 3, frames: int = 6
-) -> Path:
+def make_source(root: Path, classes: Sequence[str] = ("jump", "run"), clips: int = 3, frames: int = 6) -> Path:
     for c, name in enumerate(classes):
         for i in range(clips):
             pictures = moving(frames, 64, 80, step=2 * c + 1, seed=10 * c + i)
@@ -86,10 +84,7 @@ def test_a_folder_per_class_becomes_a_data_set(tmp_path: Path, codec: Codec) -> 
     least = 128 if codec == "vp9" else 64
     for split in data.splits:
         samples = samples_of(data, split)
-        assert (
-            Counter(info.label for info, _ in samples.values()) == dict.fromkeys((0, 1), 4 // (1 + 1))
-            or split
-        )
+        assert Counter(info.label for info, _ in samples.values()) == dict.fromkeys((0, 1), 4 // (1 + 1)) or split
         for source_name, (info, parts) in samples.items():
             assert data.classes[info.label] == info.class_name == source_name.split("/")[0]
             assert (info.num_frames, info.fps, info.height) == (6, 25.0, least)
@@ -160,9 +155,7 @@ def test_shrinking_averages_what_an_output_pixel_covers() -> None:
 
 def test_lists_with_splits_names_and_spaces(tmp_path: Path) -> None:
     make_source(tmp_path / "in")
-    (tmp_path / "train.txt").write_text(
-        "# all\njump/jump 0.mp4 jump\n\nrun/run 0.mp4\trun\nrun/run 1.mp4 run\n"
-    )
+    (tmp_path / "train.txt").write_text("# all\njump/jump 0.mp4 jump\n\nrun/run 0.mp4\trun\nrun/run 1.mp4 run\n")
     (tmp_path / "val.txt").write_text("jump/jump 2.mp4 jump\n")
     root = tmp_path / "in"
     assert command("list", tmp_path / "train.txt", tmp_path / "a", "--val", tmp_path / "val.txt", "--root", root,
@@ -224,9 +217,7 @@ def test_the_validation_share_is_stratified_and_keyed_by_the_path(tmp_path: Path
 
 
 @pytest.mark.parametrize(("classes", "each", "shard"), [(101, 95, 300), (8, 24, 20), (400, 20, 1000)])
-def test_no_shard_of_a_class_sorted_list_has_twice_a_class_s_share(
-    classes: int, each: int, shard: int
-) -> None:
+def test_no_shard_of_a_class_sorted_list_has_twice_a_class_s_share(classes: int, each: int, shard: int) -> None:
     clips = many_clips(classes, each)
     for seed in range(3):
         order = shuffled(clips, seed)
@@ -295,9 +286,7 @@ def test_p12_another_configuration_in_the_folder_is_refused(tmp_path: Path) -> N
         prepare(read_folder(source), source, NO_FLOW)
 
 
-def test_p8_a_bad_file_is_quarantined_with_its_reason(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_p8_a_bad_file_is_quarantined_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make_source(tmp_path / "in")
     (source / "run" / "bad.mp4").write_text("no video")
     assert command("folder", source, tmp_path / "out", "--short-side", 64, "--no-flow", "--workers", 1) == 0
@@ -329,9 +318,7 @@ def test_p12_when_every_file_is_bad_nothing_is_left(tmp_path: Path) -> None:
     for i in range(2):
         (tmp_path / "in/run").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"in/run/bad{i}.mp4").write_text("no video")
-    with pytest.raises(
-        UserError, match=r"no clip of the split train can be decoded.*run/bad0\.mp4 \(Invalid"
-    ):
+    with pytest.raises(UserError, match=r"no clip of the split train can be decoded.*run/bad0\.mp4 \(Invalid"):
         prepare(read_folder(tmp_path / "in", val_fraction=0), tmp_path / "out", NO_FLOW)
     assert not (tmp_path / "out").exists()
 

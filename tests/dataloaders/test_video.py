@@ -29,9 +29,7 @@ from dataloaders.video import (
 CODECS: tuple[Codec, ...] = ("h264", "vp9")
 # Every code as a flat patch of 16 x 16.
 RAMP = np.kron(np.arange(256, dtype=np.uint8).reshape(16, 16), np.ones((16, 16), np.uint8))
-COLOURS = np.array(
-    [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 0, 0], [255, 255, 255]], np.uint8
-)
+COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 0, 0], [255, 255, 255]], np.uint8)
 
 
 def ramp_video(codec: Codec) -> bytes:
@@ -260,9 +258,7 @@ def test_p8_a_file_that_is_no_video_is_refused_with_a_reason(tmp_path: Path, con
 
 
 def test_real_clips_of_every_make_are_read(shared_videos: Path) -> None:
-    files = [
-        f for s in ("ucf101", "hmdb51", "kinetics400") for f in (shared_videos / s).rglob("*") if f.is_file()
-    ]
+    files = [f for s in ("ucf101", "hmdb51", "kinetics400") for f in (shared_videos / s).rglob("*") if f.is_file()]
     files = [f for f in files if f.suffix in (".avi", ".mp4")]
     assert files
     for file in files:

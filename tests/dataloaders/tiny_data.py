@@ -89,9 +89,7 @@ def make_dataset(
                 sample += 1
         entry = writer.entry
         assert entry is not None
-        entries.append(
-            {"file": entry.file, "samples": entry.samples, "bytes": entry.bytes, "sha256": entry.sha256}
-        )
+        entries.append({"file": entry.file, "samples": entry.samples, "bytes": entry.bytes, "sha256": entry.sha256})
     manifest = {
         "format": FORMAT,
         "classes": ["a", "b", "c"],

@@ -24,7 +24,6 @@ from rev2net.models import I3D
 from rev2net.train import train
 
 
-
 @pytest.fixture(scope="module")
 def client(trained: Trained) -> MlflowClient:
     """The store that the training made by itself."""
@@ -52,7 +51,20 @@ def test_p11_one_run_for_two_ranks_with_all_terms_and_artifacts(trained: Trained
 def test_log_line_holds_everything(trained: Trained) -> None:
     lines = re.findall(r"^step \d+/6 .*$", trained.stdout, re.MULTILINE)
     assert len(lines) == 6
-    for word in ("ce", "ddp_high", "ddp_low", "flow", "frame", "total", "lr", "s/step", "wait", "clips/s", "GiB", "ETA"):
+    for word in (
+        "ce",
+        "ddp_high",
+        "ddp_low",
+        "flow",
+        "frame",
+        "total",
+        "lr",
+        "s/step",
+        "wait",
+        "clips/s",
+        "GiB",
+        "ETA",
+    ):
         assert f" {word}" in lines[-1], lines[-1]
     assert "(100%)" in lines[-1]
 
@@ -98,7 +110,13 @@ def test_p2_eval_counts_every_video_once_on_any_number_of_ranks(
 
 def test_p4_resume_is_bit_equal_and_stays_in_the_same_run(tiny_data: Path, tmp_path: Path) -> None:
     def configuration(name: str) -> list[str]:
-        return ["configs/demo.yaml", *TINY, f"data.path={tiny_data}", f"output={tmp_path}/{name}", "train.duration=5steps"]
+        return [
+            "configs/demo.yaml",
+            *TINY,
+            f"data.path={tiny_data}",
+            f"output={tmp_path}/{name}",
+            "train.duration=5steps",
+        ]
 
     whole, parts = (load_config(c[0], c[1:]) for c in (configuration("whole"), configuration("parts")))
     train(whole)
@@ -149,8 +167,8 @@ def test_p5_checkpoint_of_two_ranks_goes_on_on_one(trained: Trained, tiny_data: 
 def test_init_from_replaces_the_head_only(trained: Trained, tiny_data: Path, tmp_path: Path) -> None:
     config = load_config(
         "configs/demo.yaml",
-        [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/ft", f"init_from={trained.output}", "train.duration=1steps",
-         "optim.lr=1e-12", "optim.weight_decay=0", "tracking.enabled=false"],
+        [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/ft", f"init_from={trained.output}",
+         "train.duration=1steps", "optim.lr=1e-12", "optim.weight_decay=0", "tracking.enabled=false"],
     )  # fmt: skip
     train(config)
     source = checkpoint.read_tensors(checkpoint.find(trained.output), "weights")
@@ -177,9 +195,7 @@ def test_p12_user_mistakes_are_one_sentence(
     assert "train.global_batch" in _fails(capsys, *demo, "train.global_batch=5")
     assert "nowhere" in _fails(capsys, *demo, "data.path=nowhere")
     assert "no configuration file" in _fails(capsys, "train", "configs/none.yaml")
-    assert "init_from" in _fails(
-        capsys, *demo, f"output={trained.output}", "train.duration=9steps", "model.width=0.5"
-    )
+    assert "init_from" in _fails(capsys, *demo, f"output={trained.output}", "train.duration=9steps", "model.width=0.5")
     assert "sync_bn" in _fails(capsys, *demo, "model.sync_bn=true")
     assert "checkpoint" in _fails(capsys, "eval", str(tmp_path), str(tiny_data))
     assert "whole" in _fails(capsys, "eval", str(trained.output), str(tiny_data), "--views", "many")
@@ -199,7 +215,12 @@ def test_p12_batch_that_ranks_cannot_divide_through_the_launcher(tiny_data: Path
 
 def test_p12_flow_decoder_without_flow_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     clips = tiny_data.parent / "clips"
-    assert main(["prepare", "folder", str(clips), str(tmp_path / "d"), "--codec", "vp9", "--short-side", "128", "--no-flow"]) == 0
+    assert (
+        main(
+            ["prepare", "folder", str(clips), str(tmp_path / "d"), "--codec", "vp9", "--short-side", "128", "--no-flow"]
+        )
+        == 0
+    )
     config = load_config("configs/demo.yaml", [*TINY, f"data.path={tmp_path}/d", f"output={tmp_path}/run"])
     with pytest.raises(UserError, match="without --no-flow"):
         train(config)

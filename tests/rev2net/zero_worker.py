@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
-
 from tiny import TINY
+
 from rev2net import checkpoint
 from rev2net.config import load_config
 from rev2net.train import TrainingRun

@@ -1,0 +1,202 @@
+"""Accuracy on generated clips and on Weizmann, several seeds, one row per run.
+
+    python benchmarks/accuracy.py                           every run that accuracy.jsonl lacks, then the page
+    python benchmarks/accuracy.py --only demo/rev2net       runs whose name starts so
+    python benchmarks/accuracy.py --page                    the page alone, from accuracy.jsonl
+
+Each run is `deepspeed --num_gpus 2 --module rev2net train configs/X.yaml ...`, last checkpoint, no choice by
+validation clips. A finished run is never repeated: remove its line from accuracy.jsonl for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parents[1]
+LOG = ROOT / "benchmarks" / "accuracy.jsonl"
+PAGE = ROOT / "benchmarks" / "accuracy.md"
+WORK = ROOT / "runs" / "accuracy"
+SHARED = ROOT.parent / "shared"
+
+I3D = ("model.name=i3d", "loss.ddp=none")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "rev2net": (),
+    "i3d": I3D,
+    "rev2net-no-ddp": ("loss.ddp=none",),
+    "rev2net-frobenius-rms": ("loss.reduction=frobenius",),
+    "rev2net-rms-frobenius": ("loss.ddp_low_reduction=frobenius",),
+    "rev2net-frobenius-frobenius": ("loss.reduction=frobenius", "loss.ddp_low_reduction=frobenius"),
+}
+"""Names after reconstruction and ddp_low reduction; `rev2net` alone is what the configuration says (rms, rms)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: configuration, variant and seed."""
+
+    config: str
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As written in the first column."""
+        return f"{self.config}/{self.variant}/{self.seed}"
+
+
+def plan() -> list[Run]:
+    """All runs, the ones that matter most first."""
+    first = [Run(c, v, s) for c in ("weizmann", "demo") for s in range(3) for v in ("rev2net", "i3d")]
+    no_ddp = [Run(c, "rev2net-no-ddp", s) for s in range(3) for c in ("weizmann", "demo")]
+    others = [v for v in VARIANTS if "frobenius" in v]
+    return (
+        first
+        + no_ddp
+        + [Run("weizmann", v, s) for s in range(3) for v in others]
+        + [Run("demo", v, s) for s in range(3) for v in others]
+    )
+
+
+def command(*words: str | Path) -> None:
+    """Run a command of the project, output to the terminal."""
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run([str(w) for w in words], check=True, cwd=ROOT, env=env)
+
+
+def prepared(config: str) -> Path:
+    """The data set of a configuration, prepared once."""
+    data = WORK / f"{config}-data"
+    options = ("--codec", "vp9", "--short-side", "128")
+    if config == "demo":
+        command("rev2net", "synth", WORK / "clips")
+        command("rev2net", "prepare", "folder", WORK / "clips", data, *options)
+    else:
+        lists = SHARED / "annotations" / "weizmann"
+        command("rev2net", "prepare", "list", lists, data, "--root", SHARED / "videos", *options)
+    return data
+
+
+def train(run: Run, data: Path) -> dict[str, object]:
+    """Train, test, and return the row."""
+    output = WORK / run.name.replace("/", "-")
+    started = time.perf_counter()
+    command(
+        *("deepspeed", "--num_gpus", "2", "--module", "rev2net", "train", f"configs/{run.config}.yaml"),
+        *(f"data.path={data}", f"output={output}", f"train.seed={run.seed}", *VARIANTS[run.variant]),
+    )
+    seconds = time.perf_counter() - started
+    result = json.loads((output / "result.json").read_text())
+    row = {"run": run.name, "date": str(date.today()), "seconds": round(seconds), "steps": result["step"]}
+    row |= {k: round(v, 4) for k, v in result["metrics"].items()}
+    row |= history(result, data)
+    if run.config == "demo":
+        scores = output / "backwards.json"
+        command("rev2net", "eval", output, data, "--views", "1x1", "--backwards", "--json", scores)
+        row["backwards_opposite"] = opposite_share(json.loads(scores.read_text()))
+    return row
+
+
+def history(result: dict[str, str], data: Path) -> dict[str, float]:
+    """Each loss term's mean over the first epoch and over the last ten steps' line, read back from MLflow."""
+    from mlflow.tracking import MlflowClient
+
+    from dataloaders.shards import DataSet
+
+    client = MlflowClient(result["tracking_uri"])
+    epoch = DataSet.open(data).num_samples("train") / 8
+    row = {}
+    for term in ("ce", "flow", "frame", "ddp_high", "ddp_low"):
+        values = client.get_metric_history(result["run_id"], f"loss/{term}")
+        if values:
+            row[f"{term}_first_epoch"] = round(mean(m.value for m in values if m.step <= max(10, epoch)), 4)
+            row[f"{term}_end"] = round(mean(m.value for m in values[-3:]), 4)
+    waits = [m.value for m in client.get_metric_history(result["run_id"], "data_wait_share")]
+    row["data_wait_share"] = round(mean(waits[1:]), 5)
+    return row
+
+
+def opposite_share(scores: dict[str, list[list[int]]]) -> float:
+    """Share of the clips played backwards that are taken for the opposite class."""
+    from dataloaders.scenes import OPPOSITE
+
+    classes, confusion = scores["classes"], scores["confusion"]
+    hits = sum(confusion[i][classes.index(OPPOSITE[name])] for i, name in enumerate(classes))  # type: ignore[index]
+    return round(hits / sum(map(sum, confusion)), 4)
+
+
+def rows() -> list[dict[str, object]]:
+    """The rows written so far."""
+    return [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.is_file() else []
+
+
+def page(found: list[dict[str, object]]) -> str:
+    """The Markdown page."""
+    lines = [
+        "# Accuracy, from scratch, at small size",
+        "",
+        "Generated by `make accuracy` from `accuracy.jsonl`; every row is one training of the configuration named, two",
+        "CPU processes, ZeRO-1, bf16, last checkpoint. Nothing was chosen by validation clips. Chance is 12.5 % for `demo`",
+        "(generated clips, domain a, 96 validation clips) and 25 % for `weizmann` (people 7-9, 12 validation clips).",
+        "Variants with two reductions name that of the reconstructions first, then that of ddp_low; `rev2net` is rms",
+        "and rms.",
+        "",
+        "| configuration | variant | seeds | mean top-1 | standard error | each seed | backwards = opposite | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for config in ("demo", "weizmann"):
+        for variant in VARIANTS:
+            group = [r for r in found if str(r["run"]).startswith(f"{config}/{variant}/")]
+            if group:
+                lines.append(summary(config, variant, group))
+    lines += ["", "## Each run", ""]
+    columns = list(dict.fromkeys(key for row in found for key in row))
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for row in found]
+    return "\n".join(lines) + "\n"
+
+
+def summary(config: str, variant: str, group: Iterable[dict[str, object]]) -> str:
+    """One line of the first table."""
+    group = list(group)
+    top1 = [float(str(r["val/top1"])) for r in group]
+    error = f"{stdev(top1) / len(top1) ** 0.5:.1%}" if len(top1) > 1 else ""
+    backwards = [float(str(r["backwards_opposite"])) for r in group if "backwards_opposite" in r]
+    shown = f"{mean(backwards):.0%}" if backwards else ""
+    each = ", ".join(f"{t:.1%}" for t in top1)
+    seconds = mean(float(str(r["seconds"])) for r in group)
+    return f"| {config} | {variant} | {len(top1)} | {mean(top1):.1%} | {error} | {each} | {shown} | {seconds:.0f} |"
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="runs whose name starts so")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    args = parser.parse_args()
+    done = {row["run"] for row in rows()}
+    data: dict[str, Path] = {}
+    for run in plan():
+        if args.page or run.name in done or not run.name.startswith(args.only):
+            continue
+        if run.config not in data:
+            data[run.config] = prepared(run.config)
+        row = train(run, data[run.config])
+        with LOG.open("a") as log:
+            log.write(json.dumps(row) + "\n")
+        PAGE.write_text(page(rows()))
+    PAGE.write_text(page(rows()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
