@@ -39,7 +39,7 @@ OPPOSITE: dict[str, str] = {
 
 TORUS = 1.25
 """Side of the torus of positions, in picture sides."""
-RADII = (0.16, 0.42)
+RADII = (0.16, 0.38)
 """Smallest and largest radius of an object, in picture sides."""
 FADE = 0.14
 """Share of the circle of sizes over which an object fades in, and out."""
@@ -78,14 +78,14 @@ class Domain:
 
 DOMAINS: dict[str, Domain] = {
     "a": Domain(
-        outline="blob", objects=(4, 6), hue=(-0.06, 0.22), saturation=(0.35, 0.95), value=(0.6, 1.0),
-        backdrop=(0.1, 0.4), contrast=(0.7, 1.0), slope=(1.0, 1.5), stripes=0.15, pan=0.6, spin=0.2, zoom=0.002, shake=0.0,
-        blur=(0.0, 0.4), noise=(1.0, 3.0),
+        outline="blob", objects=(6, 8), hue=(-0.06, 0.22), saturation=(0.35, 0.95), value=(0.6, 1.0),
+        backdrop=(0.1, 0.4), contrast=(0.7, 1.0), slope=(1.0, 1.5), stripes=0.0,
+        pan=0.4, spin=0.2, zoom=0.002, shake=0.0, blur=(0.0, 0.4), noise=(1.0, 3.0),
     ),
     "b": Domain(
-        outline="polygon", objects=(5, 7), hue=(0.45, 0.80), saturation=(0.0, 0.45), value=(0.45, 0.85),
-        backdrop=(0.1, 0.35), contrast=(0.4, 0.9), slope=(0.6, 1.1), stripes=0.6, pan=1.2, spin=0.5, zoom=0.006, shake=0.5,
-        blur=(0.5, 1.0), noise=(4.0, 8.0),
+        outline="polygon", objects=(5, 8), hue=(0.45, 0.80), saturation=(0.0, 0.45), value=(0.45, 0.85),
+        backdrop=(0.1, 0.35), contrast=(0.4, 0.9), slope=(0.6, 1.1), stripes=0.5,
+        pan=0.8, spin=0.4, zoom=0.004, shake=0.5, blur=(0.5, 1.0), noise=(4.0, 8.0),
     ),
 }  # fmt: skip
 
@@ -251,7 +251,7 @@ def draw_scene(settings: SynthSettings, split: str, name: str, index: int) -> Sc
     step = np.arange(count)
     lattice = np.stack([step / count, np.mod(step * (math.sqrt(5) - 1) / 2, 1)], axis=1)
     lattice = lattice[:, ::-1] if rng.random() < 0.5 else lattice
-    speed, tilt = rng.uniform(1.5, 4) / 128, math.radians(rng.uniform(-20, 20))
+    speed, tilt = rng.uniform(2, 4) / 128, math.radians(rng.uniform(-12, 12))
     side = 2 * settings.size
     margin = 32
     return Scene(
@@ -259,8 +259,8 @@ def draw_scene(settings: SynthSettings, split: str, name: str, index: int) -> Sc
         angles=rng.uniform(0, 2 * math.pi, count),
         sizes=np.mod(rng.permutation(count) / count + rng.random(), 1),
         velocity=speed * np.array([math.cos(tilt), math.sin(tilt)]),
-        rotation=np.radians(rng.uniform(4, 10, count)),
-        growth=float(rng.uniform(0.02, 0.05)),
+        rotation=np.radians(rng.uniform(5, 10, count)),
+        growth=float(rng.uniform(0.03, 0.05)),
         patches=tuple(_patch(rng, domain, settings.size // 2) for _ in range(count)),
         background=_texture(rng, domain, side, 24 * unit, domain.backdrop),
         camera=np.array(

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dataloaders.errors import UserError
 from rev2net.config import Config, config_from_tree
@@ -92,16 +93,22 @@ def gather_optimizer(engine: Engine) -> dict[str, Tensor]:
 
 def restore_optimizer(engine: Engine, states: Mapping[str, Tensor], step: int) -> None:
     """Put whole optimizer states into whatever partition this engine has. Every rank calls it."""
-    from deepspeed.utils import safe_set_full_optimizer_state
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
+    stage, ranks = engine.config.train.zero_stage, engine.ranks
     for state in engine.torch_optimizer.state.values():
         if "step" in state:
             state["step"].fill_(step)
     for name, parameter in engine.step_module.network.named_parameters():
         for key in engine.state_names:
             whole = states[f"{name}/{key}"].to(engine.ranks.device)
-            if engine.config.train.zero_stage == 0:
+            if stage == 0:
                 engine.torch_optimizer.state[parameter][key].copy_(whole)
+            elif stage == 3:
+                # DeepSpeed's own setter of whole states forgets that the last rank's partition is padded.
+                size: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+                padded = F.pad(whole.flatten(), (0, size * ranks.world_size - whole.numel()))
+                safe_set_local_optimizer_state(parameter, padded[size * ranks.rank : size * (ranks.rank + 1)], key)
             else:
                 safe_set_full_optimizer_state(parameter, whole, key)
 

@@ -132,13 +132,16 @@ class Engine:
 
     def create_optimizer_state(self) -> None:
         """Make the optimizer's tensors now (zeros) and not at the first step, so that they can be restored."""
-        for group in self.torch_optimizer.param_groups:
-            for parameter in group["params"]:
-                state = self.torch_optimizer.state[parameter]
-                for name in self.state_names:
-                    state[name] = torch.zeros_like(parameter.data)
-                if self.config.optim.name == "adamw":
-                    state["step"] = torch.tensor(0.0)
+        if self.config.train.zero_stage == 3:  # its groups are empty between steps
+            parameters = list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
+        else:
+            parameters = [p for group in self.torch_optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            state = self.torch_optimizer.state[parameter]
+            for name in self.state_names:
+                state[name] = torch.zeros_like(parameter.data)
+            if self.config.optim.name == "adamw":
+                state["step"] = torch.tensor(0.0)
         if self.config.train.zero_stage in (1, 2):
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -137,9 +137,10 @@ def decoder_errors(network: Rev2Net, batches: Iterable[ClipBatch], *, ranks: Ran
     """How well the decoders do on unseen clips, each beside what knowing nothing would give.
 
     Returns:
-        flow_epe and flow_epe_zero: mean end-point error of the predicted flow and of zero flow, in pixels of
-        the resized clip; frame_rmse and frame_rmse_mean: root mean square error of the reconstruction and of
-        the clip's mean frame, on [-1, 1]. Only those of the decoders that the network has.
+        flow_epe and flow_epe_zero: mean end-point error of the predicted flow and of zero flow, flow_rmse and
+        flow_rmse_zero: its root mean square, all in pixels of the resized clip; frame_rmse and frame_rmse_mean:
+        root mean square error of the reconstruction and of the clip's mean frame, on [-1, 1]. Only those of the
+        decoders that the network has.
     """
     network.eval()
     sums: dict[str, float] = {}
@@ -151,8 +152,10 @@ def decoder_errors(network: Rev2Net, batches: Iterable[ClipBatch], *, ranks: Ran
             output = network.heads(batch.video)
         errors: dict[str, Tensor] = {}
         if output.flow is not None and batch.flow is not None:
-            errors["flow_epe"] = (output.flow - batch.flow).norm(dim=1).flatten(1).mean(1) * PIXELS
-            errors["flow_epe_zero"] = batch.flow.norm(dim=1).flatten(1).mean(1) * PIXELS
+            for suffix, difference in (("", output.flow - batch.flow), ("_zero", batch.flow)):
+                distance = difference.norm(dim=1).flatten(1) * PIXELS
+                errors[f"flow_epe{suffix}"] = distance.mean(1)
+                errors[f"flow_rmse{suffix}"] = distance.square().mean(1).sqrt()
         if output.frames is not None:
             target = batch.video.flip(2)
             mean_frame = target.mean(2, keepdim=True)

@@ -37,7 +37,7 @@ class Encoder(Protocol):
         """Logits (N x classes) and the volumes `low` and `high` (N C t h w)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Latent:
     """A diagonal Gaussian over the volume of the encoder's `high` features (paper section 4.2).
 
@@ -114,7 +114,7 @@ class NormReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """N C T H W -> the same."""
-        return F.relu(self.bn(x))
+        return F.relu(self.bn(x), inplace=True)
 
 
 class Latents(nn.Module):
@@ -125,9 +125,12 @@ class Latents(nn.Module):
         self.mu = nn.Conv3d(channels, LATENT, 1)
         self.logvar = nn.Conv3d(channels, LATENT, 1)
 
-    def forward(self, high: Tensor) -> Latent:
-        """N C t h w -> mu and logvar of N 128 t h w, in float32 whatever the autocast type."""
-        return Latent(mu=self.mu(high).float(), logvar=self.logvar(high).float().clamp(*LOGVAR_RANGE))
+    def forward(self, high: Tensor) -> tuple[Tensor, Tensor]:
+        """N C t h w -> mu and logvar of N 128 t h w, in float32 whatever the autocast type.
+
+        A plain tuple: ZeRO-3 looks into what a module returns, and cannot look into a dataclass.
+        """
+        return self.mu(high).float(), self.logvar(high).float().clamp(*LOGVAR_RANGE)
 
 
 class HighDecoder(nn.Module):
@@ -272,13 +275,13 @@ class Rev2Net(nn.Module):
         frame_features: tuple[Tensor, ...] = ()
         skips = list(self.skip(low).split(HIDDEN, 1)) if self.flow_decoder or self.frame_decoder else []
         if self.flow_decoder:
-            flow_latent = self.flow_latents(high)
+            flow_latent = Latent(*self.flow_latents(high))
             stages = self.flow_high(self._draw(flow_latent, generator))
             shared = self.flow_norm(self.flow_low(stages[-1]) + skips.pop(0))
             flow_features = (*stages, shared)
             flow = self.flow_output(shared)
         if self.frame_decoder:
-            frame_latent = self.frame_latents(high)
+            frame_latent = Latent(*self.frame_latents(high))
             stages = self.frame_high(self._draw(frame_latent, generator))
             shared = self.frame_norm(self.frame_low(stages[-1]) + skips.pop(0))
             frame_features = (*stages, shared)

