@@ -104,8 +104,6 @@ def _train(args: argparse.Namespace) -> int:
     from rev2net.config import load_config
 
     config = load_config(args.config, args.overrides)
-    if _first():
-        _log_to_file(Path(config.output) / "train.log")
     from rev2net.train import train
 
     started = time.perf_counter()
@@ -191,13 +189,6 @@ def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _log_to_file(file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger().addHandler(handler)
-
-
 def _quiet_libraries() -> None:
     for name in ("DeepSpeed", "alembic", "matplotlib", "torch.distributed", "numba"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -206,7 +197,10 @@ def _quiet_libraries() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    logging.basicConfig(level=logging.INFO if _first() else logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    if _first():
+        for package in ("rev2net", "dataloaders"):
+            logging.getLogger(package).setLevel(logging.INFO)
     _quiet_libraries()
     args = build_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run

@@ -119,8 +119,7 @@ class TrainingRun:
         )
         self.profile = Profile(config.profile.steps if self.ranks.first else None, Path(config.output))
         if self.ranks.first:
-            Path(config.output).mkdir(parents=True, exist_ok=True)
-            (Path(config.output) / "config.yaml").write_text(config.yaml())
+            _open_folder(config)
         self._announce(resumed)
 
     def _start_engine(self, resumed: Path | None) -> tuple[Engine, checkpoint.RunState | None]:
@@ -368,8 +367,21 @@ def start_from(network: Rev2Net, path: str) -> None:
 
 
 def _finished(config: Config) -> TrainResult | None:
-    file = Path(config.output) / "result.json"
-    if not file.is_file():
+    """The result of an earlier run of exactly this configuration, if it came to its end."""
+    output = Path(config.output)
+    file, written = output / "result.json", output / "config.yaml"
+    if not file.is_file() or not written.is_file() or written.read_text() != config.yaml():
         return None
     result = TrainResult(**json.loads(file.read_text()))
     return result if Path(result.checkpoint).is_dir() else None
+
+
+def _open_folder(config: Config) -> None:
+    """Make the output folder: the resolved configuration, and a log that goes on over resumes."""
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "result.json").unlink(missing_ok=True)
+    (output / "config.yaml").write_text(config.yaml())
+    handler = logging.FileHandler(output / "train.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)

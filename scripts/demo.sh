@@ -28,7 +28,8 @@ rev2net prepare folder "$clips" "$data" --codec vp9 --short-side 128
 
 say "3/4 training Rev2Net on two processes (DeepSpeed ZeRO-1, bf16) into $run"
 # The launcher's own messages go to a file: what a newcomer should see is the training.
-deepspeed --num_gpus 2 --module rev2net train configs/demo.yaml data.path="$data" output="$run" "${extra[@]}" \
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+deepspeed --num_gpus 2 --master_port "$port" --module rev2net train configs/demo.yaml data.path="$data" output="$run" "${extra[@]}" \
     2> demo/launcher.log || { status=$?; tail -n 20 demo/launcher.log >&2; exit $status; }
 
 say "4/4 testing the I3D that is left at test time, 3 clips of each video"

@@ -70,10 +70,10 @@ def test_objects_are_spread_alike_in_the_first_and_the_last_frame_of_every_class
 def test_objects_move_as_fast_as_documented() -> None:
     scenes = [draw_scene(SynthSettings(size=128), "train", "any", i) for i in range(30)]
     speeds = [float(np.hypot(*scene.velocity)) * 128 for scene in scenes]
-    assert 1 <= min(speeds) < 1.6 and 3.4 < max(speeds) <= 4
+    assert 2 <= min(speeds) < 2.4 and 3.6 < max(speeds) <= 4
     turns = np.degrees(np.concatenate([scene.rotation for scene in scenes]))
-    assert 4 <= turns.min() < 5 and 11 < turns.max() <= 12
-    assert all(0.015 <= scene.growth <= 0.04 for scene in scenes)
+    assert 5 <= turns.min() < 5.5 and 9.5 < turns.max() <= 10
+    assert all(0.03 <= scene.growth <= 0.05 for scene in scenes)
 
 
 def features_of_flow(clip: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:

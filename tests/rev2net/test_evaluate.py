@@ -198,6 +198,8 @@ def test_decoder_errors_are_in_pixels_and_stand_beside_knowing_nothing() -> None
     expected = {
         "flow_epe": 20 * (output.flow - flow).square().sum(1).sqrt().mean(),
         "flow_epe_zero": 20 * flow.square().sum(1).sqrt().mean(),
+        "flow_rmse": 20 * torch.stack([e.square().sum(0).mean().sqrt() for e in output.flow - flow]).mean(),
+        "flow_rmse_zero": 20 * torch.stack([e.square().sum(0).mean().sqrt() for e in flow]).mean(),
         "frame_rmse": torch.stack([e.square().mean().sqrt() for e in output.frames - target]).mean(),
         "frame_rmse_mean": torch.stack([e.square().mean().sqrt() for e in video - video.mean(2, keepdim=True)]).mean(),
     }
@@ -205,6 +207,8 @@ def test_decoder_errors_are_in_pixels_and_stand_beside_knowing_nothing() -> None
     assert set(decoder_errors(small(frame=False), clips, ranks=ALONE, precision="fp32")) == {
         "flow_epe",
         "flow_epe_zero",
+        "flow_rmse",
+        "flow_rmse_zero",
     }
     without_flow = [batch([0], [0], flow=False)]
     assert set(decoder_errors(small(flow=False), without_flow, ranks=ALONE, precision="bf16")) == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,8 +35,17 @@ def environment() -> dict[str, str]:
     return env
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def run(*command: str, expect: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run a command and check its exit status, showing its output where that is another one."""
+    if command[0] == "deepspeed":  # its default port is taken where two trainings run at once
+        command = (command[0], "--master_port", str(free_port()), *command[1:])
     done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=280)
     assert done.returncode == expect, f"{command} gave {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done
