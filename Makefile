@@ -13,11 +13,11 @@ export PATH := $(abspath $(BIN)):$(PATH)
 .PHONY: help setup demo test check bench accuracy test-gpu clean
 
 help:
-	@echo "make demo      generated clips (or VIDEOS=folder) -> shards -> training on two processes -> MLflow; 5 minutes"
+	@echo "make demo      generated clips (or VIDEOS=folder) -> shards -> training on two processes -> MLflow; 7 minutes"
 	@echo "make test      the whole test suite"
 	@echo "make check     ruff and mypy"
-	@echo "make bench     training step, loader and test-time network, written to benchmarks/"
-	@echo "make accuracy  the accuracy runs of benchmarks/accuracy.md (about an hour on 2 cores)"
+	@echo "make bench     training step and test-time network, written to benchmarks/train_step.md"
+	@echo "make accuracy  the accuracy runs of benchmarks/accuracy.md (about two hours on 2 cores)"
 	@echo "make test-gpu  the tests that need an NVIDIA GPU"
 
 setup: $(STAMP)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import json
 import logging
 import os
@@ -74,8 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_eval)
     bench = commands.add_parser("bench", help="measure parts of the system on this machine")
     parts = bench.add_subparsers(dest="part", required=True, metavar="PART", parser_class=_Parser)
-    if importlib.util.find_spec("dataloaders.bench"):
-        _mount(parts, "loader", "clips/s of each decoding backend", "dataloaders.bench", "bench")
+    _mount(parts, "loader", "clips/s of each decoding backend", "dataloaders.bench", "bench")
     return parser
 
 
