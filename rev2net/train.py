@@ -23,7 +23,7 @@ from dataloaders.shards import DataSet
 from rev2net import checkpoint, pictures
 from rev2net.config import Config, to_steps
 from rev2net.distributed import Ranks, join, read_ranks
-from rev2net.engine import Engine, build_encoder, build_engine, build_network, micro_batches
+from rev2net.engine import Engine, build_engine, build_network, micro_batches
 from rev2net.evaluate import Metrics, decoder_errors, merge, metrics, score
 from rev2net.models.rev2net import Rev2Net
 from rev2net.models.weights import load_i3d
@@ -125,6 +125,7 @@ class TrainingRun:
     def _start_engine(self, resumed: Path | None) -> tuple[Engine, checkpoint.RunState | None]:
         torch.manual_seed(hash64(self.config.train.seed) % 2**63)  # starting weights, the same on every rank
         network = build_network(self.config, len(self.data.classes))
+        self._parameters = sum(p.numel() for p in network.encoder.parameters())  # before ZeRO-3 cuts them up
         if resumed is None:
             if self.config.init_from is not None:
                 start_from(network, self.config.init_from)
@@ -164,7 +165,6 @@ class TrainingRun:
         )
 
     def _announce(self, resumed: Path | None) -> None:
-        parameters = sum(p.numel() for p in build_encoder(self.config.model, len(self.data.classes)).parameters())
         log.info(
             "%s with %s on %s: %d clips, %d classes, %d steps of %d clips on %d %s rank(s), "
             "encoder of %.1f M parameters",
@@ -177,7 +177,7 @@ class TrainingRun:
             self.config.train.global_batch,
             self.ranks.world_size,
             self.ranks.device.type,
-            parameters / 1e6,
+            self._parameters / 1e6,
         )
         if resumed is not None:
             log.info("going on from %s at step %d", resumed, self.step)
@@ -384,4 +384,4 @@ def _open_folder(config: Config) -> None:
     (output / "config.yaml").write_text(config.yaml())
     handler = logging.FileHandler(output / "train.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
+    logging.getLogger().addHandler(handler)  # what the loader says of bad clips belongs in it too

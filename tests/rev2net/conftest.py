@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import TINY, Trained, run
 
 from rev2net.cli import main
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The volumes of unit tests are too small to share among threads, least of all on a machine that has other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

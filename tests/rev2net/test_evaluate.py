@@ -30,13 +30,7 @@ ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU
 CLASSES = 7
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The volumes here are too small to share among threads, least of all on a machine that has other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch(samples: Sequence[int], labels: Sequence[int], size: int = 32, seed: int = 0, flow: bool = True) -> ClipBatch:
