@@ -41,6 +41,12 @@ TORUS = 1.25
 """Side of the torus of positions, in picture sides."""
 RADII = (0.16, 0.38)
 """Smallest and largest radius of an object, in picture sides."""
+SPEED = (2.0, 4.0)
+"""Slowest and fastest translation, in pixels of a 128-pixel picture per frame."""
+ROTATION = (5.0, 10.0)
+"""Slowest and fastest rotation, in degrees per frame."""
+GROWTH = (0.03, 0.05)
+"""Slowest and fastest relative growth per frame."""
 FADE = 0.14
 """Share of the circle of sizes over which an object fades in, and out."""
 EXTENT = 1.3
@@ -104,7 +110,7 @@ class SynthSettings:
 
     domain: str = "a"
     size: int = 128
-    frames: int = 20
+    frames: int = 18
     fps: int = 25
     seed: int = 0
 
@@ -251,7 +257,7 @@ def draw_scene(settings: SynthSettings, split: str, name: str, index: int) -> Sc
     step = np.arange(count)
     lattice = np.stack([step / count, np.mod(step * (math.sqrt(5) - 1) / 2, 1)], axis=1)
     lattice = lattice[:, ::-1] if rng.random() < 0.5 else lattice
-    speed, tilt = rng.uniform(2, 4) / 128, math.radians(rng.uniform(-12, 12))
+    speed, tilt = rng.uniform(*SPEED) / 128, math.radians(rng.uniform(-12, 12))
     side = 2 * settings.size
     margin = 32
     return Scene(
@@ -259,8 +265,8 @@ def draw_scene(settings: SynthSettings, split: str, name: str, index: int) -> Sc
         angles=rng.uniform(0, 2 * math.pi, count),
         sizes=np.mod(rng.permutation(count) / count + rng.random(), 1),
         velocity=speed * np.array([math.cos(tilt), math.sin(tilt)]),
-        rotation=np.radians(rng.uniform(5, 10, count)),
-        growth=float(rng.uniform(0.03, 0.05)),
+        rotation=np.radians(rng.uniform(*ROTATION, count)),
+        growth=float(rng.uniform(*GROWTH)),
         patches=tuple(_patch(rng, domain, settings.size // 2) for _ in range(count)),
         background=_texture(rng, domain, side, 24 * unit, domain.backdrop),
         camera=np.array(

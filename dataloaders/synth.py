@@ -318,7 +318,7 @@ def add_synth_arguments(parser: argparse.ArgumentParser) -> None:
         "--domain", default=default.domain, choices=list(DOMAINS), help="look of the clips (%(default)s)"
     )
     parser.add_argument("--clips-per-class", type=int, default=24, help="training clips per class (%(default)s)")
-    parser.add_argument("--val-per-class", type=int, default=12, help="validation clips per class (%(default)s)")
+    parser.add_argument("--val-per-class", type=int, default=10, help="validation clips per class (%(default)s)")
     parser.add_argument("--size", type=int, default=default.size, help="side of the picture in pixels (%(default)s)")
     parser.add_argument("--frames", type=int, default=default.frames, help="frames per clip (%(default)s)")
     parser.add_argument("--fps", type=int, default=default.fps, help="frames per second (%(default)s)")

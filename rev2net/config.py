@@ -76,6 +76,9 @@ class LossConfig(Section):
     """Equation 3. See `rev2net.losses.Objective`."""
 
     ddp: DDP = "both"
+    ddp_low_from: str | int = Field(
+        0, description="duration without the low-level penalty, which then grows over as long again"
+    )
     alpha: float = Field(0.01, ge=0)
     beta: float = Field(0.1, ge=0)
     lambda_flow: float = Field(0.1, ge=0)
@@ -84,9 +87,10 @@ class LossConfig(Section):
     ddp_low_reduction: Reduction = "rms"
     ddp_high_reduction: KLReduction = "sum"
 
-    def objective(self) -> Objective:
-        """The callable objective with these weights."""
-        return Objective(**self.model_dump())
+    def objective(self, ddp_low: float = 1.0) -> Objective:
+        """The callable objective with these weights, beta multiplied with `ddp_low`."""
+        settings = self.model_dump(exclude={"ddp_low_from"})
+        return Objective(**{**settings, "beta": self.beta * ddp_low})
 
 
 class OptimConfig(Section):
@@ -105,6 +109,7 @@ class OptimConfig(Section):
     milestones: tuple[str | int, ...] = Field((), description="step schedule: when the rate drops")
     gamma: float = Field(0.1, gt=0, description="step schedule: factor of each drop")
     clip_grad_norm: float = Field(0.0, ge=0, description="0 = off")
+    decoder_lr: float = Field(1.0, gt=0, description="factor on the rate of what only training has: latents, decoders")
 
 
 class TrainConfig(Section):
@@ -202,6 +207,7 @@ class Config(Section):
                 raise ValueError(f"train.{field}={value} is nothing: give at least 1steps")
         for field, value in (("warmup", self.optim.warmup), *(("milestones", m) for m in self.optim.milestones)):
             parse_duration(value, f"optim.{field}")
+        parse_duration(self.loss.ddp_low_from, "loss.ddp_low_from")
 
     @property
     def decoders(self) -> tuple[str, ...]:

@@ -163,9 +163,13 @@ class Engine:
         self.deepspeed.step()
 
     def set_rate(self, rate: float) -> None:
-        """Learning rate of the coming optimizer step."""
+        """Learning rate of the coming optimizer step; the decoders' is `optim.decoder_lr` times that."""
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_factor"]
+
+    def set_ddp_low(self, share: float) -> None:
+        """Share of `loss.beta`, the weight of the low-level penalty, in the coming step's loss."""
+        self.step_module.objective = self.config.loss.objective(share)
 
 
 def build_engine(config: Config, ranks: Ranks, network: Rev2Net) -> Engine:
@@ -189,7 +193,7 @@ def build_engine(config: Config, ranks: Ranks, network: Rev2Net) -> Engine:
 
     engine, *_ = deepspeed.initialize(
         model=step_module,
-        optimizer=build_optimizer(step_module, config.optim),
+        optimizer=build_optimizer(step_module.network, config.optim),
         config=deepspeed_config(config, ranks),
     )
     built = Engine(deepspeed=engine, step_module=step_module, accumulation=accumulation, config=config, ranks=ranks)

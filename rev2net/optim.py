@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from rev2net.config import Config, OptimConfig, to_steps
+from rev2net.models.rev2net import Rev2Net
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW; no weight decay on biases and normalisations (tensors of one dimension)."""
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def build_optimizer(network: Rev2Net, config: OptimConfig) -> torch.optim.Optimizer:
+    """SGD with momentum or AdamW; no weight decay on biases and normalisations (tensors of one dimension).
+
+    A group's `lr_factor` is what its rate is to be multiplied with: `optim.decoder_lr` for all but the encoder.
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        factor = 1.0 if name.startswith("encoder.") else config.decoder_lr
+        group = groups.setdefault((decay, factor), {"params": [], "weight_decay": decay, "lr_factor": factor})
+        group["params"].append(parameter)
+    ordered = sorted(groups.values(), key=lambda group: (-group["weight_decay"], group["lr_factor"]))
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        return torch.optim.SGD(ordered, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(ordered, lr=config.lr, betas=config.betas)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,3 +76,8 @@ def build_schedule(config: Config, *, total: int, epoch_samples: int) -> Schedul
         ),
         gamma=optim.gamma,
     )
+
+
+def growing(step: int, start: int) -> float:
+    """0 before step `start` (counted from 0), then linearly up to 1 over as many steps again; 1 if `start` is 0."""
+    return min(1.0, max(0.0, (step + 1 - start) / start)) if start else 1.0

@@ -27,7 +27,7 @@ from rev2net.engine import Engine, build_engine, build_network, micro_batches
 from rev2net.evaluate import Metrics, decoder_errors, merge, metrics, score
 from rev2net.models.rev2net import Rev2Net
 from rev2net.models.weights import load_i3d
-from rev2net.optim import Schedule, build_schedule
+from rev2net.optim import Schedule, build_schedule, growing
 from rev2net.progress import Profile, StepLog
 from rev2net.tracking import Tracker
 
@@ -104,6 +104,7 @@ class TrainingRun:
         batch = config.train.global_batch
         self._in_steps = partial(to_steps, global_batch=batch, epoch_samples=samples)
         self.total = self._in_steps(config.train.duration, "train.duration")
+        self.ddp_low_from = self._in_steps(config.loss.ddp_low_from, "loss.ddp_low_from")
         self.schedule: Schedule = build_schedule(config, total=self.total, epoch_samples=samples)
         self.folder = Path(config.output) / "checkpoints"
         join(self.ranks, config.train.threads)
@@ -185,6 +186,7 @@ class TrainingRun:
     def train_step(self, stop: bool) -> tuple[dict[str, float], bool]:
         """One optimizer step. Returns the scalars averaged over the global batch, and if any rank wants to stop."""
         self.engine.set_rate(self.schedule.rate(self.step))
+        self.engine.set_ddp_low(growing(self.step, self.ddp_low_from))
         sums: dict[str, Tensor] = {}
         keys: list[str] = []
         for index in range(self.accumulation):

@@ -24,6 +24,9 @@ LATENT = 128
 
 LOGVAR_RANGE = (-8.0, 8.0)
 
+MASK_BIAS = -2.0
+"""Where the mask starts, before its sigmoid: 0.12 of the foreground."""
+
 
 class Encoder(Protocol):
     """What Rev2Net asks of a video network: logits, two feature volumes, and the sizes of those."""
@@ -252,6 +255,16 @@ class Rev2Net(nn.Module):
                     nn.init.normal_(m.weight, std=(1.0 / (m.in_channels * taps)) ** 0.5)
                     if m.bias is not None:
                         nn.init.zeros_(m.bias)
+        # The outputs start as no motion and as mid gray: a random flow of full scale, twenty pixels, is so far from
+        # any real one that a short training would do nothing but shrink it.
+        if self.flow_decoder:
+            nn.init.zeros_(self.flow_output.flow.weight)
+        if self.frame_decoder:
+            nn.init.zeros_(self.frame_output.up.weight)
+            nn.init.zeros_(self.frame_output.background.weight)
+            assert self.frame_output.up.bias is not None
+            # Background first (Vondrick et al. keep the mask sparse): it is the easier part, and a good start.
+            nn.init.constant_(self.frame_output.up.bias[3:], MASK_BIAS)
         for latents in (m for m in self.modules() if isinstance(m, Latents)):
             # Both Gaussians start near N(0, 1), hence near each other: their divergence, a sum over thousands of
             # latents, must not drown the other terms of the first steps.

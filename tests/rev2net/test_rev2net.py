@@ -34,8 +34,14 @@ def gmacs(call: Callable[[], object]) -> float:
 
 
 def tiny(clip: Size = (8, 32, 32), *, flow: bool = True, frame: bool = True, seed: int = 0) -> Rev2Net:
+    """A network whose output layers are not zero any more, as after some training."""
     torch.manual_seed(seed)
-    return Rev2Net(I3D(4, width=TINY), clip, flow_decoder=flow, frame_decoder=frame)
+    network = Rev2Net(I3D(4, width=TINY), clip, flow_decoder=flow, frame_decoder=frame)
+    draw = generator(0)
+    for name in ("flow_output.flow", "frame_output.up", "frame_output.background"):
+        if flow if name.startswith("flow") else frame:
+            torch.nn.init.normal_(network.get_submodule(name).weight, std=0.07, generator=draw)
+    return network
 
 
 def random_clip(n: int, size: Size, channels: int = 3, seed: int = 0) -> Tensor:
@@ -173,6 +179,7 @@ def test_frames_are_a_mask_between_a_moving_foreground_and_a_still_background() 
     x = torch.randn(2, HIDDEN, 4, 32, 32, generator=generator(0)) * 20  # far into tanh and sigmoid
     assert output.up.bias is not None
     with torch.no_grad():
+        output.up.bias[3] = 0
         frames = output(x)
         assert frames.shape == (2, 3, 8, 64, 64)
         assert frames.abs().max() <= 1
@@ -241,6 +248,17 @@ def test_the_log_variance_stays_in_its_range_and_in_float32() -> None:
         latent = Latent(*network.flow_latents(high))
     assert latent.mu.dtype == latent.logvar.dtype == torch.float32
     assert (latent.logvar.min().item(), latent.logvar.max().item()) == LOGVAR_RANGE
+
+
+def test_an_untrained_decoder_says_no_motion_and_mid_gray_and_learns_at_the_first_step() -> None:
+    torch.manual_seed(0)
+    network = Rev2Net(I3D(4, width=TINY), (8, 32, 32)).train()
+    output = network.heads(random_clip(2, (8, 32, 32)), generator(0))
+    assert output.flow is not None and output.frames is not None
+    assert not output.flow.any() and not output.frames.any()
+    (output.flow.sum() + output.frames.sum()).backward()  # type: ignore[no-untyped-call]
+    for layer in (network.flow_output.flow, network.frame_output.up, network.frame_output.background):
+        assert layer.weight.grad is not None and layer.weight.grad[:, :3].abs().max() > 0
 
 
 def test_both_gaussians_start_near_the_standard_one() -> None:

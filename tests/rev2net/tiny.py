@@ -22,6 +22,7 @@ TINY = (
     "train.duration=6steps",
     "train.checkpoint_every=3steps",
     "optim.warmup=0",
+    "loss.ddp_low_from=2steps",
     "loader.workers=1",
     "eval.views=1x1",
 )
