@@ -33,6 +33,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "rev2net": (),
     "i3d": I3D,
     "rev2net-no-ddp": ("loss.ddp=none",),
+    "rev2net-4x-steps": ("train.duration=480steps", "loss.ddp_low_from=160steps"),
     "rev2net-frobenius-rms": ("loss.reduction=frobenius",),
     "rev2net-rms-frobenius": ("loss.ddp_low_reduction=frobenius",),
     "rev2net-frobenius-frobenius": ("loss.reduction=frobenius", "loss.ddp_low_reduction=frobenius"),
@@ -62,6 +63,7 @@ def plan() -> list[Run]:
     return (
         first
         + no_ddp
+        + [Run("demo", "rev2net-4x-steps", 0)]
         + [Run("weizmann", v, s) for s in range(3) for v in others]
         + [Run("demo", v, s) for s in range(3) for v in others]
     )

@@ -93,22 +93,6 @@ def diagnose(*, processes: int, storage: Path | None) -> Iterator[Row]:
         yield _storage(files)
 
 
-def conv3d_warning(torch_version: str, cudnn: int | None) -> str | None:
-    """What is known to be wrong with 3-D convolutions in this pair of versions (pytorch #163539, #166643).
-
-    Args:
-        torch_version: such as "2.9.1+cu128".
-        cudnn: as `torch.backends.cudnn.version()` gives it (91002 is 9.10.2), None without cuDNN.
-    """
-    if cudnn is None:
-        return None
-    if torch_version.split("+")[0] in ("2.9.0", "2.9.1") and cudnn < 91500:
-        return f"torch {torch_version} with cuDNN {cudnn}: bf16 conv3d takes up to 3x the memory; install cuDNN >= 9.15"
-    if 90800 <= cudnn < 91100:
-        return f"cuDNN {cudnn}: bf16 conv3d gives wrong results with 9.8-9.10; install cuDNN >= 9.15"
-    return None
-
-
 def _package(name: str, module: str) -> Row:
     try:
         # Some packages greet on stdout, which belongs to the table.
@@ -151,6 +135,8 @@ def _gpus() -> Row:
 
 def _convolutions() -> Row:
     import torch
+
+    from rev2net.engine import conv3d_warning
 
     cudnn: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     warning = conv3d_warning(torch.__version__, cudnn)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -24,14 +26,12 @@ class Ranks:
         rank: 0 to world_size - 1.
         world_size: number of processes.
         local_rank: index on this machine, the index of its GPU.
-        local_world_size: number of processes on this machine.
         device: where this rank computes.
     """
 
     rank: int
     world_size: int
     local_rank: int
-    local_world_size: int
     device: torch.device
 
     @property
@@ -89,7 +89,6 @@ def read_ranks() -> Ranks:
         rank=int(env.get("RANK", "0")),
         world_size=world_size,
         local_rank=local_rank,
-        local_world_size=int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size),
         device=device,
     )
 
@@ -99,10 +98,8 @@ def join(ranks: Ranks, threads: int | None) -> None:
 
     Args:
         ranks: what `read_ranks` found.
-        threads: CPU threads of a rank; None shares the machine's cores among its ranks.
+        threads: CPU threads of a rank; None shares each core among the ranks that may use it.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // ranks.local_world_size))
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
         torch.backends.cudnn.benchmark = True
@@ -116,6 +113,25 @@ def join(ranks: Ranks, threads: int | None) -> None:
 
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=FIRST_STEP_TIMEOUT, verbose=False)
+    torch.set_num_threads(threads or fair_threads(ranks.rank, ranks.gather((socket.gethostname(), _cores()))))
+
+
+def fair_threads(rank: int, cores: Sequence[tuple[str, Collection[int]]]) -> int:
+    """Threads for a rank: a core counts for the ranks that may run on it in equal parts.
+
+    SLURM may bind every task to cores of its own; elsewhere all ranks of a machine see all of its cores.
+
+    Args:
+        rank: whose threads.
+        cores: for every rank its machine and the cores that it may use.
+    """
+    host, mine = cores[rank]
+    share = sum(Fraction(1, sum(core in theirs for where, theirs in cores if where == host)) for core in mine)
+    return max(1, int(share))
+
+
+def _cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _free_port() -> int:

@@ -100,6 +100,22 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
     return {**tree, **train.deepspeed}
 
 
+def conv3d_warning(torch_version: str, cudnn: int | None) -> str | None:
+    """What is known to be wrong with 3-D convolutions in this pair of versions (pytorch #163539, #166643).
+
+    Args:
+        torch_version: such as "2.9.1+cu128".
+        cudnn: as `torch.backends.cudnn.version()` gives it (91002 is 9.10.2), None without cuDNN.
+    """
+    if cudnn is None:
+        return None
+    if torch_version.split("+")[0] in ("2.9.0", "2.9.1") and cudnn < 91500:
+        return f"torch {torch_version} with cuDNN {cudnn}: bf16 conv3d takes up to 3x the memory; install cuDNN >= 9.15"
+    if 90800 <= cudnn < 91100:
+        return f"cuDNN {cudnn}: bf16 conv3d gives wrong results with 9.8-9.10; install cuDNN >= 9.15"
+    return None
+
+
 @dataclass(slots=True)
 class Engine:
     """A thin, typed face over `deepspeed.DeepSpeedEngine`.

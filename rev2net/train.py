@@ -23,7 +23,7 @@ from dataloaders.shards import DataSet
 from rev2net import checkpoint, pictures
 from rev2net.config import Config, to_steps
 from rev2net.distributed import Ranks, join, read_ranks
-from rev2net.engine import Engine, build_engine, build_network, micro_batches
+from rev2net.engine import Engine, build_engine, build_network, conv3d_warning, micro_batches
 from rev2net.evaluate import Metrics, decoder_errors, merge, metrics, score
 from rev2net.models.rev2net import Rev2Net
 from rev2net.models.weights import load_i3d
@@ -180,6 +180,9 @@ class TrainingRun:
             self.ranks.device.type,
             self._parameters / 1e6,
         )
+        warning = conv3d_warning(torch.__version__, torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+        if warning is not None and self.ranks.device.type == "cuda":
+            log.warning(warning)
         if resumed is not None:
             log.info("going on from %s at step %d", resumed, self.step)
 
@@ -262,7 +265,7 @@ class TrainingRun:
         self.tracker.figure(figure, "confusion_matrix.png")
         figure.savefig(Path(self.config.output) / "confusion_matrix.png")
         if self.config.decoders:
-            alone = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=self.ranks.device)
+            alone = Ranks(rank=0, world_size=1, local_rank=0, device=self.ranks.device)
             loader = eval_loader(self.data, self.config, alone, "1x1", with_flow="flow" in self.config.decoders)
             batch = next(iter(loader)).to(self.ranks.device, channels_last=True)
             loader.close()

@@ -15,7 +15,7 @@ import cloudpickle  # type: ignore[import-untyped]
 import pytest
 
 from cluster.cli import main
-from cluster.doctor import conv3d_warning, diagnose
+from cluster.doctor import diagnose
 from cluster.site import Site, load_site
 from cluster.submit import Placement, submit_local, wait_local
 from cluster.task import Task, TrainWork
@@ -280,20 +280,3 @@ def test_doctor_fails_on_a_package_that_does_not_import(
 def test_p12_doctor_mistakes_are_one_sentence(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", *options]) == 2
     assert_one_sentence(capsys, options[0])
-
-
-@pytest.mark.parametrize(
-    ("torch_version", "cudnn", "expected"),
-    [
-        ("2.8.0+cu128", 91002, "wrong results"),
-        ("2.8.0+cu128", 90800, "wrong results"),
-        ("2.8.0+cu126", 90501, None),
-        ("2.9.1+cu128", 91002, "memory"),
-        ("2.9.1+cu128", 91500, None),
-        ("2.14.1", 91500, None),
-        ("2.14.1+cpu", None, None),
-    ],
-)
-def test_known_bad_convolutions(torch_version: str, cudnn: int | None, expected: str | None) -> None:
-    warning = conv3d_warning(torch_version, cudnn)
-    assert (warning is None) if expected is None else (warning is not None and expected in warning)

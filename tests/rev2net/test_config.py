@@ -205,7 +205,7 @@ def test_p12_ranks_that_cannot_share_the_batch_are_told_which_can() -> None:
     config = with_decoders(train={"global_batch": 24, "micro_batch": 2})
 
     def ranks(world: int) -> Ranks:
-        return Ranks(rank=0, world_size=world, local_rank=0, local_world_size=world, device=torch.device("cpu"))
+        return Ranks(rank=0, world_size=world, local_rank=0, device=torch.device("cpu"))
 
     assert [micro_batches(config, ranks(w)) for w in (1, 2, 3, 12)] == [12, 6, 4, 1]
     for world in (5, 24):

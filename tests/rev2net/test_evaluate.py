@@ -26,7 +26,7 @@ from rev2net.models import I3D, Rev2Net
 from rev2net.progress import Profile, StepLog, duration
 
 CPU = torch.device("cpu")
-ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU)
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=CPU)
 CLASSES = 7
 
 
