@@ -48,6 +48,7 @@ from dataloaders.video import KEYFRAME_INTERVAL, MINIMUM
 
 WORK = ".work"
 QUARANTINE = "quarantine.jsonl"
+MISSING = "missing.txt"
 _LOG_SECONDS = 10.0
 
 
@@ -67,44 +68,57 @@ class PrepareReport:
     Attributes:
         prepared: clips of each split that are in the data set.
         quarantined: clips that are not, with reasons; also in `OUT/quarantine.jsonl`.
+        missing: what the lists name and the disk lacks; also in `OUT/missing.txt`, one a line.
         finished: False when more clips were bad than allowed; then there is no data set.
         already: True when the folder held this very data set before.
     """
 
     prepared: Mapping[str, int]
     quarantined: tuple[BadClip, ...]
+    missing: tuple[str, ...]
     finished: bool
     already: bool = False
 
 
 def prepare(
-    listing: SourceListing, out: Path, settings: PrepareSettings, *, workers: int = 1, max_bad: float = 0.01
+    listing: SourceListing,
+    out: Path,
+    settings: PrepareSettings,
+    *,
+    workers: int = 1,
+    max_bad: float = 0.01,
+    max_missing: float = 0.1,
 ) -> PrepareReport:
     """Make the data set `out`, or go on making it; where it is made already, do nothing.
 
     Args:
         workers: processes; with 1 the work is done in this one.
         max_bad: share of the clips that may be bad. One bad clip is always allowed, except with 0.
+        max_missing: share of the listed clips that the disk may lack.
 
     Raises:
-        UserError: the settings cannot be stored, `out` holds something else, or no clip of a split is good.
+        UserError: the settings cannot be stored, `out` holds something else, too many clips are
+            missing, or no clip of a split is good.
     """
     settings.check()
     if workers < 1:
         raise UserError(f"workers is {workers}; give 1 or more")
     if not 0 <= max_bad <= 1:
         raise UserError(f"the allowed share of bad clips is {max_bad}; give a number from 0 to 1")
+    _check_missing(listing, max_missing)
+    missing = tuple(clip.relative for clip in listing.missing)
     identity = {"preparation": settings.to_json(), "source": listing.fingerprint()}
     if _claim(out, identity):
-        return _finished_report(out)
+        return _finished_report(out, missing)
     work = out / WORK
     plan_file = work / "plan.json"
     if not plan_file.is_file():
         bad = _transcode_all(listing, work, settings, workers)
         _refuse_empty_splits(listing, bad, out)
         _write_quarantine(out, bad)
+        _write_missing(out, missing)
         if len(bad) > _allowed(max_bad, len(listing.clips)):
-            return PrepareReport(prepared={}, quarantined=bad, finished=False)
+            return PrepareReport(prepared={}, quarantined=bad, missing=missing, finished=False)
         names = {clip.relative for clip in listing.clips} - {entry.file for entry in bad}
         good = [clip for clip in listing.clips if clip.relative in names]
         write_atomically(plan_file, json.dumps(_plan(good, listing.splits, work, settings)).encode())
@@ -117,6 +131,7 @@ def prepare(
     return PrepareReport(
         prepared={split: sum(map(len, shards)) for split, shards in plan.items()},
         quarantined=read_quarantine(out),
+        missing=missing,
         finished=True,
     )
 
@@ -161,11 +176,12 @@ def _difference(found: Any, wanted: Mapping[str, Any]) -> str:
     return f"other settings: {', '.join(changed)}" if changed else "another list of clips"
 
 
-def _finished_report(out: Path) -> PrepareReport:
+def _finished_report(out: Path, missing: tuple[str, ...]) -> PrepareReport:
     splits = json.loads((out / MANIFEST).read_bytes())["splits"]
     return PrepareReport(
         prepared={split: entry["samples"] for split, entry in splits.items()},
         quarantined=read_quarantine(out),
+        missing=missing,
         finished=True,
         already=True,
     )
@@ -173,6 +189,24 @@ def _finished_report(out: Path) -> PrepareReport:
 
 def _allowed(max_bad: float, clips: int) -> int:
     return max(1, int(max_bad * clips)) if max_bad > 0 else 0
+
+
+def _check_missing(listing: SourceListing, max_missing: float) -> None:
+    if not 0 <= max_missing <= 1:
+        raise UserError(f"the allowed share of missing clips is {max_missing}; give a number from 0 to 1")
+    absent, listed = len(listing.missing), len(listing.clips) + len(listing.missing)
+    if absent > max_missing * listed:
+        raise UserError(
+            f"{absent} of {listed} listed clips are not on the disk, the first is {listing.missing[0].relative}; "
+            f"that is more than --max-missing {max_missing:g} allows: find them, or allow more"
+        )
+
+
+def _write_missing(out: Path, missing: Sequence[str]) -> None:
+    if missing:
+        write_atomically(out / MISSING, "".join(f"{name}\n" for name in missing).encode())
+    else:
+        (out / MISSING).unlink(missing_ok=True)
 
 
 def _refuse_empty_splits(listing: SourceListing, bad: Sequence[BadClip], out: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command `rev2net prepare {folder,list}`."""
+"""The command `rev2net prepare {folder,list,ucf101,hmdb51,kinetics}`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+from dataloaders.classmap import read_class_map
 from dataloaders.errors import UserError
-from dataloaders.prepare import QUARANTINE, PrepareReport, prepare
+from dataloaders.official import SPLIT_NUMBERS, read_hmdb51, read_kinetics, read_ucf101
+from dataloaders.prepare import MISSING, QUARANTINE, PrepareReport, prepare
 from dataloaders.shards import DataSet
 from dataloaders.sources import SPLITS, SourceListing, read_folder, read_lists
 from dataloaders.transcode import FLOW_SCALES, PrepareSettings
@@ -36,11 +38,26 @@ examples:
   rev2net prepare list lists data --root videos --classes lists/names.txt
 """
 
+_SPLIT_HELP = """SOURCE is the folder of the class folders, as they come out of the official archives. The test list
+of the split becomes the split val.
+
+examples:
+  rev2net prepare {name} {folder} data/{name} --annotations {lists} --split 1
+  rev2net prepare {name} {folder} data/{name}-16 --annotations {lists} --class-map configs/classes/ucf_hmdb_16.yaml
+"""
+
+_KINETICS_HELP = """SOURCE is the folder of the videos, ID.mp4 or ID_000010_000020.mp4, in any folders below it. The
+lists are the official csv files of Kinetics-400, -600 or -700 that have labels.
+
+examples:
+  rev2net prepare kinetics videos data/k400 --annotations train.csv val.csv --max-missing 0.1
+"""
+
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands and options of `rev2net prepare` to a parser."""
     parser.description = "Transcode videos, compute their optical flow, and pack both into tar shards."
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{folder,list}")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{folder,list,ucf101,hmdb51,kinetics}")
     plain = argparse.RawDescriptionHelpFormatter
     folder = kinds.add_parser("folder", help="a folder per class", description=_FOLDER_HELP, formatter_class=plain)
     folder.add_argument("source", type=Path, metavar="SOURCE", help="folder of the videos")
@@ -60,6 +77,27 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
             help="share of each class that becomes the split val where none is given (%(default)s)",
         )
         _add_common(kind)
+    for name, videos, official in (
+        ("ucf101", "UCF-101", "ucfTrainTestlist"),
+        ("hmdb51", "hmdb51", "testTrainMulti_7030_splits"),
+    ):
+        text = _SPLIT_HELP.format(name=name, folder=videos, lists=official)
+        kind = kinds.add_parser(name, help="its official layout", description=text, formatter_class=plain)
+        kind.add_argument("source", type=Path, metavar="SOURCE", help="folder of the class folders")
+        kind.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+        kind.add_argument("--annotations", type=Path, required=True, metavar="FOLDER", help=f"the folder {official}")
+        kind.add_argument("--split", type=int, default=1, choices=SPLIT_NUMBERS, help="official split (%(default)s)")
+        _add_common(kind)
+    kinetics = kinds.add_parser(
+        "kinetics", help="its official csv lists", description=_KINETICS_HELP, formatter_class=plain
+    )
+    kinetics.add_argument("source", type=Path, metavar="SOURCE", help="folder of the videos")
+    kinetics.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    kinetics.add_argument("--annotations", type=Path, required=True, nargs="+", metavar="CSV", help="official lists")
+    kinetics.add_argument(
+        "--classes", type=Path, metavar="FILE", help="class names, one a line, in the order of labels (alphabetical)"
+    )
+    _add_common(kinetics)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +125,19 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the clips that may be bad; one always may, except with 0 (%(default)s)",
     )
+    parser.add_argument(
+        "--max-missing",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the listed clips that the disk may lack (%(default)s)",
+    )
+    parser.add_argument(
+        "--class-map",
+        type=Path,
+        metavar="YAML",
+        help="keep and rename classes, such as configs/classes/ucf_hmdb_16.yaml",
+    )
 
 
 def run_prepare(args: argparse.Namespace) -> int:
@@ -95,8 +146,10 @@ def run_prepare(args: argparse.Namespace) -> int:
     settings = _settings(args)
     settings.check()
     listing = _listing(args)
+    if args.class_map is not None:
+        listing = read_class_map(args.class_map).apply(listing)
     workers = (os.cpu_count() or 1) if args.workers is None else args.workers
-    report = prepare(listing, args.out, settings, workers=workers, max_bad=args.max_bad)
+    report = prepare(listing, args.out, settings, workers=workers, max_bad=args.max_bad, max_missing=args.max_missing)
     return _tell(report, listing, args, time.monotonic() - start)
 
 
@@ -134,6 +187,12 @@ def _listing(args: argparse.Namespace) -> SourceListing:
     source: Path = args.source
     if args.kind == "folder":
         return read_folder(source, val_fraction=args.val_fraction, seed=args.seed)
+    if args.kind == "ucf101":
+        return read_ucf101(source, args.annotations, args.split)
+    if args.kind == "hmdb51":
+        return read_hmdb51(source, args.annotations, args.split)
+    if args.kind == "kinetics":
+        return read_kinetics(source, args.annotations, args.classes)
     lists: dict[str, Path] = {}
     if source.is_dir():
         lists = {s: source / f"{s}.txt" for s in SPLITS if (source / f"{s}.txt").is_file()}
@@ -159,6 +218,8 @@ def _tell(report: PrepareReport, listing: SourceListing, args: argparse.Namespac
     if listing.skipped:
         names = ", ".join(listing.skipped[:_SHOWN]) + (", …" if len(listing.skipped) > _SHOWN else "")
         print(f"skipped {len(listing.skipped)} files that are no videos by name: {names}", file=sys.stderr)
+    if report.missing:
+        print(f"{len(report.missing)} listed clips are not on the disk, see {args.out / MISSING}", file=sys.stderr)
     if not report.finished:
         print(
             f"{len(bad)} of {len(listing.clips)} clips are bad, more than --max-bad {args.max_bad:g} allows; "
@@ -173,7 +234,8 @@ def _tell(report: PrepareReport, listing: SourceListing, args: argparse.Namespac
     print(
         f"{args.out}: {'prepared before, nothing to do' if report.already else f'prepared in {seconds:.0f} s'}: "
         f"{sum(report.prepared.values())} clips ({counts}), {len(data.classes)} classes, {len(shards)} shards, "
-        f"{sum(shard['bytes'] for shard in shards) / 2**20:.1f} MB, {len(bad)} quarantined, "
+        f"{sum(shard['bytes'] for shard in shards) / 2**20:.1f} MB, {len(report.missing)} missing, "
+        f"{len(bad)} quarantined, "
         f"{len(sizes)} picture size{'s' if len(sizes) > 1 else ''} ({', '.join(list(sizes)[:_SHOWN])})"
     )
     return 0

@@ -47,11 +47,13 @@ class SourceListing:
 
     Attributes:
         skipped: files that were left out because their names are not those of videos.
+        missing: what the lists name and the disk lacks.
     """
 
     classes: tuple[str, ...]
     clips: tuple[SourceClip, ...]
     skipped: tuple[str, ...] = ()
+    missing: tuple[SourceClip, ...] = ()
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -140,18 +142,21 @@ def read_lists(
     if not rows:
         raise UserError("the lists hold no line; give lists with one `path label` per line")
     classes, labels = _labels([(word, where) for _, _, word, where in rows], classes_file)
-    clips = tuple(
+    listed = tuple(
         SourceClip(path=root / path, relative=path, split=split, label=label, class_name=classes[label])
         for (split, path, _, _), label in zip(rows, labels, strict=True)
     )
-    if not any(clip.path.is_file() for clip in clips):
+    missing = tuple(clip for clip in listed if not clip.path.is_file())
+    absent = {clip.relative for clip in missing}
+    clips = tuple(clip for clip in listed if clip.relative not in absent)
+    if not clips:
         raise UserError(
-            f"none of the {len(clips)} listed files exists, the first would be {clips[0].path}; "
+            f"none of the {len(listed)} listed files exists, the first would be {listed[0].path}; "
             "give the folder that the paths are relative to with --root"
         )
     if val_fraction > 0:
         clips = split_off(clips, val_fraction, seed)
-    return SourceListing(classes=classes, clips=clips)
+    return SourceListing(classes=classes, clips=clips, missing=missing)
 
 
 def split_off(clips: Sequence[SourceClip], fraction: float, seed: int) -> tuple[SourceClip, ...]:

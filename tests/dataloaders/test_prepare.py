@@ -177,6 +177,7 @@ def test_integer_labels_and_a_classes_file(tmp_path: Path) -> None:
     (tmp_path / "l.txt").write_text("a.mp4 2\nb.mp4 0\n")
     (tmp_path / "names.txt").write_text("x\ny\nz\n")
     (tmp_path / "a.mp4").touch()
+    (tmp_path / "b.mp4").touch()
     lists = [("train", tmp_path / "l.txt")]
     assert read_lists(lists, tmp_path).classes == ("0", "1", "2")
     listing = read_lists(lists, tmp_path, classes_file=tmp_path / "names.txt")
@@ -296,6 +297,23 @@ def test_p8_a_bad_file_is_quarantined_with_its_reason(tmp_path: Path, capsys: py
     assert [(row["file"], row["reason"][:12]) for row in rows] == [("run/bad.mp4", "Invalid data")]
     data = DataSet.open(tmp_path / "out")
     assert sum(map(data.num_samples, data.splits)) == 6
+
+
+def test_listed_files_that_are_not_there_are_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_source(tmp_path / "in", classes=("run",), clips=3)
+    (tmp_path / "l.txt").write_text("run/run 0.mp4 run\nrun/gone.mp4 run\nrun/run 1.mp4 run\n")
+    words = ("list", tmp_path / "l.txt", tmp_path / "out", "--root", source, "--short-side", 64, "--no-flow")
+    with pytest.raises(UserError, match="1 of 3 listed clips are not on the disk"):
+        command(*words, "--workers", 1)
+    assert not (tmp_path / "out").exists()
+    for _ in range(2):  # the second time nothing is to do
+        assert command(*words, "--workers", 1, "--max-missing", 0.5) == 0
+        captured = capsys.readouterr()
+        assert "2 clips (train 2)" in captured.out and "1 missing, 0 quarantined" in captured.out
+        assert "1 listed clips are not on the disk" in captured.err
+    assert (tmp_path / "out/missing.txt").read_text() == "run/gone.mp4\n"
 
 
 def test_p8_more_bad_files_than_allowed_fail_and_keep_what_is_good(

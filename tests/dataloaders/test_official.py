@@ -1,0 +1,228 @@
+"""Official layouts, against the official lists; the videos are empty files, since readers never open them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dataloaders.classmap import read_class_map
+from dataloaders.errors import UserError
+from dataloaders.official import read_hmdb51, read_kinetics, read_ucf101
+from dataloaders.prepare import prepare
+from dataloaders.sources import SourceListing, read_lists
+from dataloaders.transcode import PrepareSettings
+from rev2net.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared"
+LISTS = SHARED / "annotations"
+CLASSES = ROOT / "configs" / "classes"
+
+needs_lists = pytest.mark.skipif(not LISTS.is_dir(), reason="needs ../shared/annotations, the official lists")
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def counts(listing: SourceListing) -> Counter[str]:
+    """Clips of each split, found or missing."""
+    return Counter(clip.split for clip in (*listing.clips, *listing.missing))
+
+
+@needs_lists
+@pytest.mark.parametrize(("split", "train", "val"), [(1, 9537, 3783), (2, 9586, 3734), (3, 9624, 3696)])
+def test_ucf101_splits_have_the_published_sizes(tmp_path: Path, split: int, train: int, val: int) -> None:
+    first = (LISTS / "ucf101" / f"trainlist{split:02d}.txt").read_text().split()[0]
+    touch(tmp_path, first)
+    listing = read_ucf101(tmp_path, LISTS / "ucf101", split)
+    assert counts(listing) == {"train": train, "val": val}
+    assert [clip.relative for clip in listing.clips] == [first]
+    assert len(listing.classes) == 101 and listing.classes[0] == "ApplyEyeMakeup" and listing.classes[100] == "YoYo"
+    for clip in (*listing.clips, *listing.missing):
+        assert listing.classes[clip.label] == clip.class_name == clip.relative.split("/")[0]
+
+
+@needs_lists
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_hmdb51_splits_have_the_published_sizes(tmp_path: Path, split: int) -> None:
+    lists = LISTS / "hmdb51" / "testTrainMulti_7030_splits"
+    marks = [line.split() for line in (lists / f"wave_test_split{split}.txt").read_text().splitlines()]
+    by_mark = {mark: f"wave/{name}" for name, mark in marks}
+    touch(tmp_path, *by_mark.values(), "wave/not-listed.avi")
+    listing = read_hmdb51(tmp_path, lists, split)
+    assert counts(listing) == {"train": 70 * 51, "val": 30 * 51}
+    per_class = Counter((clip.split, clip.label) for clip in (*listing.clips, *listing.missing))
+    assert set(per_class.values()) == {70, 30} and len(per_class) == 102
+    assert len(listing.classes) == 51
+    assert {clip.relative: clip.split for clip in listing.clips} == {by_mark["1"]: "train", by_mark["2"]: "val"}
+
+
+@needs_lists
+@pytest.mark.skipif(not (SHARED / "videos").is_dir(), reason="needs ../shared/videos, real clips")
+def test_real_files_are_found_whatever_their_names(tmp_path: Path) -> None:
+    videos = SHARED / "videos"
+    ucf = read_ucf101(videos / "ucf101", LISTS / "ucf101")
+    assert len(ucf.clips) == len(list((videos / "ucf101").rglob("*.avi")))
+    hmdb = [
+        read_hmdb51(videos / "hmdb51", LISTS / "hmdb51" / "testTrainMulti_7030_splits", split).clips
+        for split in (1, 2, 3)
+    ]
+    listed = {clip.relative for clips in hmdb for clip in clips}
+    assert any("!" in name for name in listed) and any("+" in name for name in listed)
+    assert all(clip.path.is_file() for clips in hmdb for clip in clips)
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("train/abseiling/aaaaaaaaaaa.mp4", True),
+        ("train/abseiling/aaaaaaaaaaa_000010_000020.mp4", True),
+        ("abseiling/aaaaaaaaaaa_000010_000020.mkv", True),
+        ("aaaaaaaaaaa.webm", True),
+        ("train/aaaaaaaaaaa.MP4", True),
+        ("train/abseiling/aaaaaaaaaaa_000010_000021.mp4", False),
+        ("train/abseiling/aaaaaaaaaaa.txt", False),
+    ],
+)
+def test_kinetics_clips_are_found_in_every_layout(tmp_path: Path, name: str, listed: bool) -> None:
+    touch(tmp_path, f"v/{name}", "v/val/air drumming/bbbbbbbbbbb_000001_000011.mp4")
+    table = tmp_path / "k.csv"
+    table.write_text(
+        "label,youtube_id,time_start,time_end,split,is_cc\n"
+        "abseiling,aaaaaaaaaaa,10,20,train,0\nair drumming,bbbbbbbbbbb,1,11,validate,0\n"
+    )
+    listing = read_kinetics(tmp_path / "v", [table])
+    assert listing.classes == ("abseiling", "air drumming")
+    found = {clip.relative: (clip.split, clip.label) for clip in listing.clips}
+    expected: dict[str, tuple[str, int]] = {"val/air drumming/bbbbbbbbbbb_000001_000011.mp4": ("val", 1)}
+    assert found == ({name: ("train", 0)} if listed else {}) | expected
+    assert [clip.relative for clip in listing.missing] == ([] if listed else ["aaaaaaaaaaa_000010_000020"])
+
+
+def test_kinetics_copies_and_segments_of_one_video_are_told_apart(tmp_path: Path) -> None:
+    videos = tmp_path / "v"
+    touch(videos, "val/x y/a.mp4", "train/x_y/a.mp4", "train/x_y/b.mp4", "train/x_y/b_000000_000010.mp4")
+    train, val = tmp_path / "k_train.csv", tmp_path / "k_val.csv"
+    header = "label,youtube_id,time_start,time_end\n"
+    train.write_text(header + "x y,b,0,10\nx y,b,20,30\n")
+    val.write_text(header + "x y,a,5,15\n")
+    listing = read_kinetics(videos, [train, val])
+    assert {(c.split, c.relative) for c in listing.clips} == {
+        ("val", "val/x y/a.mp4"),
+        ("train", "train/x_y/b_000000_000010.mp4"),
+    }
+    # b.mp4 could be either segment of b, so it is none.
+    assert [c.relative for c in listing.missing] == ["b_000020_000030"]
+
+
+@needs_lists
+def test_the_map_of_twelve_classes_gives_the_classes_of_the_public_lists(tmp_path: Path) -> None:
+    wanted = read_class_map(CLASSES / "ucf_hmdb_12.yaml")
+    ucf = {line.split()[1] for line in (LISTS / "ucf101" / "classInd.txt").read_text().splitlines()}
+    splits = (LISTS / "hmdb51" / "testTrainMulti_7030_splits").glob("*_test_split1.txt")
+    names = ucf | {file.name.removesuffix("_test_split1.txt") for file in splits}
+    assert set(wanted.sources) <= names
+    assert set(read_class_map(CLASSES / "ucf_hmdb_16.yaml").sources) <= names
+    for file in (LISTS / "ucf_hmdb_12").glob("ucf101*"):
+        for line in file.read_text().splitlines():
+            name, _, label = line.rpartition(",")
+            assert wanted.classes.index(wanted.sources[name.split("_")[1]]) == int(label), line
+
+
+def test_the_sixteen_classes_are_the_twelve_and_four_with_reasons() -> None:
+    twelve, sixteen = (read_class_map(CLASSES / f"ucf_hmdb_{n}.yaml") for n in (12, 16))
+    assert sixteen.classes[:12] == twelve.classes and len(sixteen.classes) == 16
+    assert twelve.sources.items() <= sixteen.sources.items()
+    assert (CLASSES / "ucf_hmdb_16.yaml").read_text().count("why:") == 16
+
+
+def test_a_class_map_filters_any_listing_and_what_is_missing_of_it(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    (tmp_path / "list.txt").write_text("a.mp4 Biking\nb.mp4 ride_bike\nc.mp4 YoYo\ngone.mp4 Biking\nlost.mp4 YoYo\n")
+    listing = read_class_map(CLASSES / "ucf_hmdb_12.yaml").apply(
+        read_lists([("train", tmp_path / "list.txt")], tmp_path)
+    )
+    assert [(c.relative, c.class_name, c.label) for c in listing.clips] == [
+        ("a.mp4", "ride_bike", 7),
+        ("b.mp4", "ride_bike", 7),
+    ]
+    assert [c.relative for c in listing.missing] == ["gone.mp4"]
+
+
+def test_p12_more_missing_clips_than_allowed_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4")
+    (tmp_path / "list.txt").write_text("a.mp4 x\ngone.mp4 x\n")
+    listing = read_lists([("train", tmp_path / "list.txt")], tmp_path)
+    with pytest.raises(UserError, match=r"1 of 2 listed clips are not on the disk, the first is gone\.mp4"):
+        prepare(listing, tmp_path / "out", PrepareSettings(), max_missing=0.4)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ucf101", "nowhere", "out", "--annotations", "lists"], "nowhere does not exist"),
+        (["ucf101", "videos", "out", "--annotations", "lists"], "classInd.txt does not exist"),
+        (["hmdb51", "packed", "out", "--annotations", "lists"], "unar brush_hair.rar"),
+        (["hmdb51", "videos", "out", "--annotations", "lists"], "testTrainMulti_7030_splits"),
+        (["kinetics", "videos", "out", "--annotations", "gone.csv"], "gone.csv cannot be read"),
+        (["kinetics", "videos", "out", "--annotations", "test.csv"], "no column 'label'"),
+        (["kinetics", "videos", "out", "--annotations", "times.csv"], "times.csv line 2 has no times"),
+        (["kinetics", "videos", "out", "--annotations", "twice.csv"], "line 3 repeats the clip a"),
+        (["kinetics", "videos", "out", "--annotations", "good.csv"], "none of the 1 listed clips exists"),
+        (["folder", "videos", "out", "--class-map", "gone.yaml"], "class map gone.yaml does not exist"),
+        (["folder", "videos", "out", "--class-map", "good.csv"], "class map good.csv cannot be read"),
+        (["folder", "videos", "out", "--class-map", "other.yaml"], "names none of the source's classes"),
+        (["folder", "videos", "out", "--class-map", "both.yaml"], "puts 'x' under 'a' and 'b'"),
+    ],
+)
+def test_p12_wrong_sources_are_refused_in_one_sentence(
+    tmp_path: Path,
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "videos/x/clip.mp4", "packed/brush_hair.rar", "lists/other.txt")
+    columns = "label,youtube_id,time_start,time_end,split\n"
+    Path("test.csv").write_text("youtube_id,time_start,time_end,split\na,1,2,test\n")
+    Path("times.csv").write_text(columns + "x,a,one,2,train\n")
+    Path("twice.csv").write_text(columns + "x,a,1,2,train\nx,a,1,2,val\n")
+    Path("good.csv").write_text(columns + "x,a,1,2,train\n")
+    Path("other.yaml").write_text("classes: [{name: a, from: [q]}]")
+    Path("both.yaml").write_text("classes: [{name: a, from: [x]}, {name: b, from: [x]}]")
+    assert main(["prepare", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert words in said and len(said.strip().splitlines()) == 1
+    assert not Path("out").exists()
+
+
+SCALE = """
+import resource, sys
+from pathlib import Path
+from dataloaders.official import read_kinetics
+from dataloaders.sources import shuffled
+listing = read_kinetics(Path(sys.argv[1]), [Path(sys.argv[2])])
+assert len(listing.clips) + len(listing.missing) == int(sys.argv[3])
+order = shuffled([*listing.clips, *listing.missing], 0)
+assert len({clip.key for clip in order}) == len(order)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def test_a_list_as_long_as_kinetics_is_read_and_ordered_in_a_gigabyte(tmp_path: Path) -> None:
+    touch(tmp_path, "v/class 7/000000007_0.mp4")
+    lines = (f"class {n % 400},{n:09d}_0,{n % 300},{n % 300 + 10},train" for n in range(306_245))
+    table = tmp_path / "k.csv"
+    table.write_text("\n".join(["label,youtube_id,time_start,time_end,split", *lines]) + "\n")
+    command = [sys.executable, "-c", SCALE, str(tmp_path / "v"), str(table), "306245"]
+    said = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True, timeout=280).stdout
+    assert float(said) < 1  # GiB
