@@ -56,7 +56,7 @@ def _decode_views(requests: Sequence[ClipRequest]) -> list[tuple[torch.Tensor, t
     """Clips of one video: frames uint8 [T, H, W, 3] and flow uint8 [T, H, W, 2] or None of each."""
     key, info = requests[0].key, requests[0].info
     wanted = {frame for request in requests for frame in request.plan.frames}
-    pictures = decode_pictures(requests[0].rgb, wanted, info.fps, key, _rgb, (info.height, info.width))
+    pictures = decode_pictures(requests[0].rgb, wanted, info.fps, key, to_rgb, (info.height, info.width))
     frames = [_clip(request, [pictures[i] for i in request.plan.frames]) for request in requests]
     del pictures
     if requests[0].flow is None:
@@ -65,7 +65,7 @@ def _decode_views(requests: Sequence[ClipRequest]) -> list[tuple[torch.Tensor, t
         raise DecodeError(key, "has a flow video, but its json gives no size for it")
     wanted = {frame for request in requests for frame in request.plan.flow_frames}
     size = (2 * info.flow_height, info.flow_width)
-    planes = decode_pictures(requests[0].flow, wanted, info.fps, key, _luma, size)
+    planes = decode_pictures(requests[0].flow, wanted, info.fps, key, to_luma, size)
     flows = [_flow_clip(request, [planes[i] for i in request.plan.flow_frames]) for request in requests]
     return list(zip(frames, flows, strict=True))
 
@@ -137,7 +137,8 @@ def decode_only(request: ClipRequest) -> int:
     )
 
 
-def _rgb() -> Callable[[Any], Picture]:
+def to_rgb() -> Callable[[Any], Picture]:
+    """A converter of decoded frames to uint8 [H, W, 3], for `decode_pictures`."""
     reformatter = VideoReformatter()
 
     def convert(frame: Any) -> Picture:
@@ -156,7 +157,9 @@ def _rgb() -> Callable[[Any], Picture]:
     return convert
 
 
-def _luma() -> Callable[[Any], Picture]:
+def to_luma() -> Callable[[Any], Picture]:
+    """A converter of decoded frames to their luma codes, uint8 [H, W], for `decode_pictures`."""
+
     def convert(frame: Any) -> Picture:
         plane = frame.planes[0]
         rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
