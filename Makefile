@@ -10,14 +10,15 @@ export DS_ACCELERATOR := cpu
 endif
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test check bench accuracy test-gpu clean
+.PHONY: help setup demo test check bench accuracy chaos test-gpu clean
 
 help:
-	@echo "make demo      generated clips (or VIDEOS=folder) -> shards -> training on two processes -> MLflow; 7 minutes"
+	@echo "make demo      generated clips (or VIDEOS=folder) -> shards -> training on two processes -> MLflow; 5 minutes"
 	@echo "make test      the whole test suite"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     training step and test-time network, written to benchmarks/train_step.md"
 	@echo "make accuracy  the accuracy runs of benchmarks/accuracy.md (about two hours on 2 cores)"
+	@echo "make chaos     kills at random moments (about ten minutes)"
 	@echo "make test-gpu  the tests that need an NVIDIA GPU"
 
 setup: $(STAMP)
@@ -35,7 +36,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "==> the whole suite; real-clip tests skip where ../shared is absent"
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -m 'not gpu and not chaos'
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -47,6 +48,9 @@ bench: $(STAMP)
 
 accuracy: $(STAMP)
 	$(BIN)/python benchmarks/accuracy.py
+
+chaos: $(STAMP)
+	$(BIN)/python -m pytest -m chaos
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
