@@ -169,8 +169,8 @@ def page(rows: Sequence[dict[str, Any]], speed: dict[str, float]) -> str:
         "there against the better of OpenCV's two ways to use them.",
         "",
         f"On the {len(stable)} pairs where OpenCV agrees with itself (noise of {NOISE} grey level moves its mean by",
-        f"less than {STABLE} pixel): mean end-point difference {mean(r['mean'] for r in stable):.4f} pixel, largest mean",
-        f"{max(r['mean'] for r in stable):.4f}, largest 99th percentile {max(r['p99'] for r in stable):.3f}.",
+        f"less than {STABLE} pixel): mean end-point difference {mean(r['mean'] for r in stable):.4f} pixel, largest",
+        f"mean {max(r['mean'] for r in stable):.4f}, largest 99th percentile {max(r['p99'] for r in stable):.3f}.",
     ]
     if others:
         lines += [
