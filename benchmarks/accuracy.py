@@ -162,11 +162,41 @@ def page(found: list[dict[str, object]]) -> str:
             group = [r for r in found if str(r["run"]).startswith(f"{config}/{variant}/")]
             if group:
                 lines.append(summary(config, variant, group))
+    lines += [
+        "",
+        "## Decoders",
+        "",
+        "Root mean square errors on the validation clips: flow in pixels beside that of zero flow, frames (-1 to 1)",
+        "beside that of the clip's mean frame. Losses: mean of the first epoch (at least ten steps) and of the last thirty",
+        "steps. Means over the seeds.",
+        "",
+        "| configuration | variant | flow | zero flow | frames | mean frame | ce | flow loss | frame loss | ddp_high "
+        "end | ddp_low end |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for config in ("demo", "weizmann"):
+        for variant in VARIANTS:
+            group = [r for r in found if str(r["run"]).startswith(f"{config}/{variant}/") and "val/flow_rmse" in r]
+            if group:
+                lines.append(decoders(config, variant, group))
     lines += ["", "## Each run", ""]
     columns = list(dict.fromkeys(key for row in found for key in row))
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for row in found]
     return "\n".join(lines) + "\n"
+
+
+def decoders(config: str, variant: str, group: Iterable[dict[str, object]]) -> str:
+    """One line of the second table."""
+    group = list(group)
+
+    def average(key: str) -> str:
+        return f"{mean(float(str(r[key])) for r in group):.3g}"
+
+    errors = (average(f"val/{key}") for key in ("flow_rmse", "flow_rmse_zero", "frame_rmse", "frame_rmse_mean"))
+    losses = (f"{average(f'{term}_first_epoch')} to {average(f'{term}_end')}" for term in ("ce", "flow", "frame"))
+    ends = (average(f"{term}_end") for term in ("ddp_high", "ddp_low"))
+    return f"| {config} | {variant} | {' | '.join((*errors, *losses, *ends))} |"
 
 
 def summary(config: str, variant: str, group: Iterable[dict[str, object]]) -> str:
