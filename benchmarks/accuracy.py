@@ -167,7 +167,7 @@ def page(found: list[dict[str, object]]) -> str:
         "## Decoders",
         "",
         "Root mean square errors on the validation clips: flow in pixels beside that of zero flow, frames (-1 to 1)",
-        "beside that of the clip's mean frame. Losses: mean of the first epoch (at least ten steps) and of the last thirty",
+        "beside that of the clip's mean frame. Losses: mean of the first epoch (at least ten steps) and of the last 30",
         "steps. Means over the seeds.",
         "",
         "| configuration | variant | flow | zero flow | frames | mean frame | ce | flow loss | frame loss | ddp_high "
