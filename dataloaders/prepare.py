@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import platform
 import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -45,6 +44,7 @@ from dataloaders.shards import (
 from dataloaders.sources import SourceClip, SourceListing, shuffled
 from dataloaders.transcode import PrepareSettings, transcode
 from dataloaders.video import KEYFRAME_INTERVAL, MINIMUM
+from dataloaders.workers import worker_pool
 
 WORK = ".work"
 QUARANTINE = "quarantine.jsonl"
@@ -274,11 +274,9 @@ def _transcode_all(listing: SourceListing, work: Path, settings: PrepareSettings
 
 
 def _in_processes(job: partial[BadClip | None], clips: Sequence[SourceClip], workers: int) -> Iterator[BadClip | None]:
-    # spawn: the caller may hold threads (torch, FFmpeg), which do not survive a fork.
-    context = multiprocessing.get_context("spawn")
     waiting = iter(clips)
     running: dict[Future[BadClip | None], SourceClip] = {}
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with worker_pool(workers) as pool:
         try:
             while True:
                 for clip in waiting:

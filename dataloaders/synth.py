@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +43,7 @@ from dataloaders.scenes import (
     state_at,
     times,
 )
+from dataloaders.workers import worker_pool
 
 __all__ = [
     "CLASSES",
@@ -298,9 +297,7 @@ def _map(make: partial[None], jobs: list[Job], workers: int) -> Iterator[None]:
         return
     # The first clip compiles the loops once for all processes.
     yield make(jobs[0])
-    # spawn: the caller may hold threads (torch, OpenCV), which do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+    with worker_pool(min(workers, len(jobs))) as pool:
         yield from pool.map(make, jobs[1:], chunksize=4)
 
 

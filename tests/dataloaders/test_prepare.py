@@ -415,6 +415,39 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(tmp_path
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    code = (
+        "import time; from dataloaders.workers import worker_pool\n"
+        "if __name__ == '__main__':\n"
+        "    with worker_pool(2) as pool:\n"
+        "        list(pool.map(time.sleep, [0, 0.2, 0.2])); print(*pool._processes, flush=True)\n"
+        "        pool.submit(time.sleep, 300).result()"
+    )
+    (tmp_path / "pool.py").write_text(code)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "pool.py")], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    workers = process.stdout.readline().split()
+    assert len(workers) == 2 and all(running(pid) for pid in workers)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(running(pid) for pid in workers):
+        assert time.monotonic() < deadline, "the workers go on without their parent"
+        time.sleep(0.05)
+
+
+def running(pid: str) -> bool:
+    """Is there such a process, and not only its exit status?"""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_an_end_between_two_shards_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listing = read_folder(make_source(tmp_path / "in"), val_fraction=0)
     settings = PrepareSettings(short_side=64, flow_scale=None, shard_bytes=8_000)

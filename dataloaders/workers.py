@@ -1,0 +1,30 @@
+"""Pools of worker processes that do not outlive the process that started them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import wait
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """A pool of fresh processes (spawn: the caller may hold threads of torch or FFmpeg, which do not survive a fork).
+
+    Where the caller is killed its workers end too. They would not by themselves: each of them holds the write end of
+    the queue that it reads, so the queue never ends.
+    """
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
