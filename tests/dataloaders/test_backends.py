@@ -20,7 +20,7 @@ from dataloaders.dali_backend import ON_CPU, ON_GPU, DALIBackend, DeviceWords, c
 from dataloaders.errors import DecodeError, UserError
 from dataloaders.flow.codes import decode_flow, encode_flow
 from dataloaders.plan import Augment, ClipPlan, ClipShape, train_plan
-from dataloaders.pyav_backend import PyAVBackend, _luma, _rgb, decode_pictures
+from dataloaders.pyav_backend import PyAVBackend, decode_pictures, to_luma, to_rgb
 from dataloaders.shards import SampleInfo
 from dataloaders.trim import trim
 from dataloaders.video import Codec, VideoEncoder, VideoSource
@@ -157,7 +157,7 @@ def test_all_flow_codes_come_back(name: str) -> None:
     )
     flow = run([request], name, with_flow=True).flow
     assert flow is not None
-    luma = decode_pictures(request.flow or b"", set(range(8)), 25.0, "k", _luma, (512, 256))
+    luma = decode_pictures(request.flow or b"", set(range(8)), 25.0, "k", to_luma, (512, 256))
     stored = np.stack([luma[i].reshape(2, 256, 256) for i in range(8)])
     assert np.array_equal(flow[0].permute(0, 3, 1, 2).numpy(), stored), "not what the bitstream holds"
     assert np.abs(stored[:, 0].astype(int) - u).mean() < 1
@@ -168,10 +168,10 @@ def test_all_flow_codes_come_back(name: str) -> None:
 def test_seeking_finds_the_very_frames(codec: Codec, fps: Fraction) -> None:
     data = encode_rgb(pictures(40, 48, 64, seed=0), codec, fps)
     with av.open(io.BytesIO(data)) as container:
-        expected = [_rgb()(frame) for frame in container.decode(video=0)]
+        expected = [to_rgb()(frame) for frame in container.decode(video=0)]
     assert len(expected) == 40
     for wanted in ({0}, {11, 12, 13}, {12}, {23}, {24, 39}, {39}, set(range(40))):
-        got = decode_pictures(data, wanted, float(fps), "k", _rgb, (48, 64))
+        got = decode_pictures(data, wanted, float(fps), "k", to_rgb, (48, 64))
         assert got.keys() == wanted
         assert all(np.array_equal(got[i], expected[i]) for i in wanted)
 
@@ -182,8 +182,8 @@ def test_a_trimmed_video_has_the_very_frames_and_little_else(codec: Codec, fps: 
     data = encode_rgb(pictures(60, 48, 64, seed=0), codec, fps)
     for frames in ((24, 25, 30), (35, 12, 12), (59,), (0, 50), tuple(range(60))):
         part, indices = trim(data, frames, float(fps), "k")
-        whole = decode_pictures(data, set(frames), float(fps), "k", _rgb, (48, 64))
-        got = decode_pictures(part, set(indices), float(fps), "k", _rgb, (48, 64))
+        whole = decode_pictures(data, set(frames), float(fps), "k", to_rgb, (48, 64))
+        got = decode_pictures(part, set(indices), float(fps), "k", to_rgb, (48, 64))
         assert all(np.array_equal(got[i], whole[f]) for i, f in zip(indices, frames, strict=True))
         if min(frames) >= 12:
             with av.open(io.BytesIO(part)) as container:
