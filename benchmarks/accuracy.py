@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -90,6 +90,8 @@ def prepared(config: str) -> Path:
 
 def train(run: Run, data: Path) -> dict[str, object]:
     """Train, test, and return the row."""
+    from rev2net.config import load_config
+
     output = WORK / run.name.replace("/", "-")
     started = time.perf_counter()
     command(
@@ -98,8 +100,6 @@ def train(run: Run, data: Path) -> dict[str, object]:
     )
     seconds = time.perf_counter() - started
     result = json.loads((output / "result.json").read_text())
-    from rev2net.config import load_config
-
     row = {"run": run.name, "date": str(date.today()), "seconds": round(seconds), "steps": result["step"]}
     row |= {k: round(v, 4) for k, v in result["metrics"].items()}
     row |= history(result, data, load_config(output / "config.yaml").train.global_batch)
@@ -157,11 +157,7 @@ def page(found: list[dict[str, object]]) -> str:
         "| configuration | variant | seeds | mean top-1 | std error | each seed | backwards = opposite | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for config in ("demo", "weizmann"):
-        for variant in VARIANTS:
-            group = [r for r in found if str(r["run"]).startswith(f"{config}/{variant}/")]
-            if group:
-                lines.append(summary(config, variant, group))
+    lines += [summary(*which) for which in groups(found)]
     lines += [
         "",
         "## Decoders",
@@ -174,11 +170,7 @@ def page(found: list[dict[str, object]]) -> str:
         "end | ddp_low end |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for config in ("demo", "weizmann"):
-        for variant in VARIANTS:
-            group = [r for r in found if str(r["run"]).startswith(f"{config}/{variant}/") and "val/flow_rmse" in r]
-            if group:
-                lines.append(decoders(config, variant, group))
+    lines += [decoders(*which) for which in groups([row for row in found if "val/flow_rmse" in row])]
     lines += ["", "## Each run", ""]
     columns = list(dict.fromkeys(key for row in found for key in row))
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -186,9 +178,17 @@ def page(found: list[dict[str, object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def decoders(config: str, variant: str, group: Iterable[dict[str, object]]) -> str:
+def groups(found: Sequence[dict[str, object]]) -> Iterator[tuple[str, str, list[dict[str, object]]]]:
+    """Configuration, variant and the rows of its seeds, for those that have any."""
+    for config in ("demo", "weizmann"):
+        for variant in VARIANTS:
+            group = [row for row in found if str(row["run"]).startswith(f"{config}/{variant}/")]
+            if group:
+                yield config, variant, group
+
+
+def decoders(config: str, variant: str, group: Sequence[dict[str, object]]) -> str:
     """One line of the second table."""
-    group = list(group)
 
     def average(key: str) -> str:
         return f"{mean(float(str(r[key])) for r in group):.3g}"
@@ -199,9 +199,8 @@ def decoders(config: str, variant: str, group: Iterable[dict[str, object]]) -> s
     return f"| {config} | {variant} | {' | '.join((*errors, *losses, *ends))} |"
 
 
-def summary(config: str, variant: str, group: Iterable[dict[str, object]]) -> str:
+def summary(config: str, variant: str, group: Sequence[dict[str, object]]) -> str:
     """One line of the first table."""
-    group = list(group)
     top1 = [float(str(r["val/top1"])) for r in group]
     error = f"{stdev(top1) / len(top1) ** 0.5:.1%}" if len(top1) > 1 else ""
     backwards = [float(str(r["backwards_opposite"])) for r in group if "backwards_opposite" in r]

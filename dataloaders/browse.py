@@ -22,6 +22,7 @@ from PIL import Image
 
 from dataloaders.errors import DecodeError, UserError
 from dataloaders.flow import decode_flow
+from dataloaders.flow.colours import flow_colours
 from dataloaders.prepare import Progress
 from dataloaders.pyav_backend import decode_pictures, to_luma, to_rgb
 from dataloaders.shards import FLOW_EXTENSION, INFO_EXTENSION, RGB_EXTENSION, DataSet, SampleInfo, ShardReader
@@ -161,14 +162,7 @@ def _strip(parts: dict[str, bytes], info: SampleInfo, count: int) -> str:
 
 
 def _colours(plane: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    from torchvision.utils import flow_to_image  # slow to import, and every command imports this module
-
-    flow = torch.from_numpy(decode_flow(plane[None])[0]) / _FASTEST
-    flow = flow / flow.norm(dim=0, keepdim=True).clamp_min(1.0)
-    # flow_to_image scales by the largest vector: a row more, cut off again, holds one of length 1.
-    ruler = torch.zeros(2, 1, flow.shape[2])
-    ruler[0] = 1.0
-    picture = flow_to_image(torch.cat([flow, ruler], 1))[:, :-1]
+    picture = flow_colours(torch.from_numpy(decode_flow(plane[None])[0]), _FASTEST)
     colours: npt.NDArray[np.uint8] = picture.permute(1, 2, 0).contiguous().numpy()
     return colours
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.errors import UserError
-from dataloaders.sources import VIDEO_SUFFIXES, SourceClip, SourceListing
+from dataloaders.sources import VIDEO_SUFFIXES, SourceClip, SourceListing, numbered_lines, read_classes
 
 SPLIT_NUMBERS = (1, 2, 3)
+_UCF_LISTS = "the official ucfTrainTestlist"
 _HMDB_SPLITS = {"1": "train", "2": "val", "0": None}
 _KINETICS_SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "test"}
 _KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
@@ -44,13 +45,13 @@ def read_ucf101(root: Path, annotations: Path, split: int = 1) -> SourceListing:
     """
     _check_split(split)
     _check_root(root, "the class folders of UCF101", "*.rar")
-    numbered = [line.split() for line in _lines(annotations / "classInd.txt", "the official ucfTrainTestlist")]
+    numbered = [line.split() for _, line in numbered_lines(annotations / "classInd.txt", "list", _UCF_LISTS)]
     if not all(len(words) == 2 and words[0].isdigit() for words in numbered):
         raise UserError(f"{annotations / 'classInd.txt'} is not the official list of `number ClassName` lines")
     classes = tuple(name for _, name in sorted((int(number), name) for number, name in numbered))
     rows: dict[str, _Row] = {}
     for name, part in ((f"trainlist{split:02d}.txt", "train"), (f"testlist{split:02d}.txt", "val")):
-        for number, line in enumerate(_lines(annotations / name, "the official ucfTrainTestlist"), 1):
+        for number, line in numbered_lines(annotations / name, "list", _UCF_LISTS):
             # The training lists have a label after the path, the test lists none; the folder is the class.
             relative = re.sub(r"\s+\d+$", "", line)
             class_name = relative.partition("/")[0]
@@ -82,7 +83,7 @@ def read_hmdb51(root: Path, annotations: Path, split: int = 1) -> SourceListing:
     rows: dict[str, _Row] = {}
     for file in files:
         class_name = file.name.removesuffix(ending)
-        for number, line in enumerate(_lines(file, "the official testTrainMulti_7030_splits"), 1):
+        for number, line in numbered_lines(file, "list", "the official testTrainMulti_7030_splits"):
             name, _, mark = line.rpartition(" ")
             where = f"{file} line {number}"
             if mark not in _HMDB_SPLITS or not name:
@@ -118,14 +119,14 @@ def read_kinetics(root: Path, lists: Sequence[Path], classes_file: Path | None =
     if not entries:
         raise UserError("the lists hold no clip; give the official csv files")
     labels = sorted({row.class_name for row in entries.values()})
-    classes = tuple(_lines(classes_file, "one class name a line")) if classes_file is not None else tuple(labels)
+    classes = tuple(labels) if classes_file is None else read_classes(classes_file)
     unknown = sorted(set(labels) - set(classes))
     if unknown:
         raise UserError(f"the lists name the class {unknown[0]!r}, which {classes_file} does not; correct one")
-    on_disk = _stems(root)
-    segments: dict[str, int] = defaultdict(int)
-    for video, _, _ in entries:
-        segments[video] += 1
+    on_disk: dict[str, list[str]] = defaultdict(list)
+    for path in _videos(root):
+        on_disk[Path(path).stem].append(path)
+    segments = Counter(video for video, _, _ in entries)
     found: list[tuple[str, _Row]] = []
     missing: list[tuple[str, _Row]] = []
     for (video, start, end), row in entries.items():
@@ -164,16 +165,13 @@ def _kinetics_rows(file: Path) -> Iterable[tuple[tuple[str, int, int], _Row]]:
         raise UserError(f"list {file} cannot be read ({error}); give the official csv files") from None
 
 
-def _stems(root: Path) -> dict[str, list[str]]:
-    """Paths relative to `root` of all videos below it, by their names without suffix; one walk, whatever the layout."""
-    stems: dict[str, list[str]] = defaultdict(list)
+def _videos(root: Path) -> Iterator[str]:
+    """Paths relative to `root` of all videos below it; one walk, whatever the layout."""
     for folder, folders, names in os.walk(root, followlinks=True):
         folders.sort()
         for name in sorted(names):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in VIDEO_SUFFIXES and not name.startswith("."):
-                stems[stem].append(os.path.relpath(os.path.join(folder, name), root))
-    return stems
+            if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith("."):
+                yield os.path.relpath(os.path.join(folder, name), root)
 
 
 def _nearest(paths: Sequence[str], row: _Row) -> str:
@@ -198,15 +196,6 @@ def _check_root(root: Path, what: str, archives: str) -> None:
         )
 
 
-def _lines(file: Path, what: str) -> list[str]:
-    if not file.is_file():
-        raise UserError(f"{file} does not exist; give {what}")
-    try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is no text; give {what}") from None
-
-
 def _add(rows: dict[str, _Row], relative: str, row: _Row) -> None:
     if relative in rows:
         raise UserError(f"{row.where} repeats {relative!r} of {rows[relative].where}; list every file once")
@@ -214,7 +203,7 @@ def _add(rows: dict[str, _Row], relative: str, row: _Row) -> None:
 
 
 def _from_rows(root: Path, rows: Mapping[str, _Row], classes: tuple[str, ...]) -> SourceListing:
-    present = {path for paths in _stems(root).values() for path in paths}
+    present = set(_videos(root))
     found = [(path, row) for path, row in rows.items() if path in present]
     return _listing(root, found, [(path, row) for path, row in rows.items() if path not in present], classes)
 

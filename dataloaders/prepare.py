@@ -68,14 +68,12 @@ class PrepareReport:
     Attributes:
         prepared: clips of each split that are in the data set.
         quarantined: clips that are not, with reasons; also in `OUT/quarantine.jsonl`.
-        missing: what the lists name and the disk lacks; also in `OUT/missing.txt`, one a line.
         finished: False when more clips were bad than allowed; then there is no data set.
         already: True when the folder held this very data set before.
     """
 
     prepared: Mapping[str, int]
     quarantined: tuple[BadClip, ...]
-    missing: tuple[str, ...]
     finished: bool
     already: bool = False
 
@@ -94,11 +92,11 @@ def prepare(
     Args:
         workers: processes; with 1 the work is done in this one.
         max_bad: share of the clips that may be bad. One bad clip is always allowed, except with 0.
-        max_missing: share of the listed clips that the disk may lack.
+        max_missing: share of the listed clips that the disk may lack; they are named in `OUT/missing.txt`.
 
     Raises:
-        UserError: the settings cannot be stored, `out` holds something else, too many clips are
-            missing, or no clip of a split is good.
+        UserError: the settings cannot be stored, `out` holds something else, too many clips are missing, or no clip of
+            a split is good.
     """
     settings.check()
     if workers < 1:
@@ -106,19 +104,18 @@ def prepare(
     if not 0 <= max_bad <= 1:
         raise UserError(f"the allowed share of bad clips is {max_bad}; give a number from 0 to 1")
     _check_missing(listing, max_missing)
-    missing = tuple(clip.relative for clip in listing.missing)
     identity = {"preparation": settings.to_json(), "source": listing.fingerprint()}
     if _claim(out, identity):
-        return _finished_report(out, missing)
+        return _finished_report(out)
     work = out / WORK
     plan_file = work / "plan.json"
     if not plan_file.is_file():
         bad = _transcode_all(listing, work, settings, workers)
         _refuse_empty_splits(listing, bad, out)
-        _write_quarantine(out, bad)
-        _write_missing(out, missing)
+        _write_lines(out / QUARANTINE, [json.dumps(asdict(entry)) for entry in bad])
+        _write_lines(out / MISSING, [clip.relative for clip in listing.missing])
         if len(bad) > _allowed(max_bad, len(listing.clips)):
-            return PrepareReport(prepared={}, quarantined=bad, missing=missing, finished=False)
+            return PrepareReport(prepared={}, quarantined=bad, finished=False)
         names = {clip.relative for clip in listing.clips} - {entry.file for entry in bad}
         good = [clip for clip in listing.clips if clip.relative in names]
         write_atomically(plan_file, json.dumps(_plan(good, listing.splits, work, settings)).encode())
@@ -131,7 +128,6 @@ def prepare(
     return PrepareReport(
         prepared={split: sum(map(len, shards)) for split, shards in plan.items()},
         quarantined=read_quarantine(out),
-        missing=missing,
         finished=True,
     )
 
@@ -176,12 +172,11 @@ def _difference(found: Any, wanted: Mapping[str, Any]) -> str:
     return f"other settings: {', '.join(changed)}" if changed else "another list of clips"
 
 
-def _finished_report(out: Path, missing: tuple[str, ...]) -> PrepareReport:
+def _finished_report(out: Path) -> PrepareReport:
     splits = json.loads((out / MANIFEST).read_bytes())["splits"]
     return PrepareReport(
         prepared={split: entry["samples"] for split, entry in splits.items()},
         quarantined=read_quarantine(out),
-        missing=missing,
         finished=True,
         already=True,
     )
@@ -202,13 +197,6 @@ def _check_missing(listing: SourceListing, max_missing: float) -> None:
         )
 
 
-def _write_missing(out: Path, missing: Sequence[str]) -> None:
-    if missing:
-        write_atomically(out / MISSING, "".join(f"{name}\n" for name in missing).encode())
-    else:
-        (out / MISSING).unlink(missing_ok=True)
-
-
 def _refuse_empty_splits(listing: SourceListing, bad: Sequence[BadClip], out: Path) -> None:
     counts = Counter(clip.split for clip in listing.clips)
     counts.subtract(entry.split for entry in bad)
@@ -226,12 +214,12 @@ def _refuse_empty_splits(listing: SourceListing, bad: Sequence[BadClip], out: Pa
     )
 
 
-def _write_quarantine(out: Path, bad: Sequence[BadClip]) -> None:
-    if bad:
-        lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in bad)
-        write_atomically(out / QUARANTINE, lines.encode())
+def _write_lines(file: Path, lines: Sequence[str]) -> None:
+    """No file where there is no line, also none from an earlier attempt."""
+    if lines:
+        write_atomically(file, "".join(f"{line}\n" for line in lines).encode())
     else:
-        (out / QUARANTINE).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
 def _sample_file(work: Path, key: str, extension: str) -> Path:

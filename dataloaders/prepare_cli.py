@@ -218,8 +218,8 @@ def _tell(report: PrepareReport, listing: SourceListing, args: argparse.Namespac
     if listing.skipped:
         names = ", ".join(listing.skipped[:_SHOWN]) + (", …" if len(listing.skipped) > _SHOWN else "")
         print(f"skipped {len(listing.skipped)} files that are no videos by name: {names}", file=sys.stderr)
-    if report.missing:
-        print(f"{len(report.missing)} listed clips are not on the disk, see {args.out / MISSING}", file=sys.stderr)
+    if listing.missing:
+        print(f"{len(listing.missing)} listed clips are not on the disk, see {args.out / MISSING}", file=sys.stderr)
     if not report.finished:
         print(
             f"{len(bad)} of {len(listing.clips)} clips are bad, more than --max-bad {args.max_bad:g} allows; "
@@ -234,7 +234,7 @@ def _tell(report: PrepareReport, listing: SourceListing, args: argparse.Namespac
     print(
         f"{args.out}: {'prepared before, nothing to do' if report.already else f'prepared in {seconds:.0f} s'}: "
         f"{sum(report.prepared.values())} clips ({counts}), {len(data.classes)} classes, {len(shards)} shards, "
-        f"{sum(shard['bytes'] for shard in shards) / 2**20:.1f} MB, {len(report.missing)} missing, "
+        f"{sum(shard['bytes'] for shard in shards) / 2**20:.1f} MB, {len(listing.missing)} missing, "
         f"{len(bad)} quarantined, "
         f"{len(sizes)} picture size{'s' if len(sizes) > 1 else ''} ({', '.join(list(sizes)[:_SHOWN])})"
     )

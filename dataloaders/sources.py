@@ -146,17 +146,17 @@ def read_lists(
         SourceClip(path=root / path, relative=path, split=split, label=label, class_name=classes[label])
         for (split, path, _, _), label in zip(rows, labels, strict=True)
     )
-    missing = tuple(clip for clip in listed if not clip.path.is_file())
-    absent = {clip.relative for clip in missing}
-    clips = tuple(clip for clip in listed if clip.relative not in absent)
-    if not clips:
+    present: list[SourceClip] = []
+    missing: list[SourceClip] = []
+    for clip in listed:
+        (present if clip.path.is_file() else missing).append(clip)
+    if not present:
         raise UserError(
             f"none of the {len(listed)} listed files exists, the first would be {listed[0].path}; "
             "give the folder that the paths are relative to with --root"
         )
-    if val_fraction > 0:
-        clips = split_off(clips, val_fraction, seed)
-    return SourceListing(classes=classes, clips=clips, missing=missing)
+    clips = split_off(present, val_fraction, seed) if val_fraction > 0 else tuple(present)
+    return SourceListing(classes=classes, clips=clips, missing=tuple(missing))
 
 
 def split_off(clips: Sequence[SourceClip], fraction: float, seed: int) -> tuple[SourceClip, ...]:
@@ -204,20 +204,34 @@ def shuffled(clips: Sequence[SourceClip], seed: int) -> list[SourceClip]:
     return [clip for _, _, clip in placed]
 
 
-def _read_list(file: Path) -> list[tuple[str, str, str]]:
+def numbered_lines(file: Path, kind: str, wanted: str) -> list[tuple[int, str]]:
+    """The lines that are not blank, stripped, with their numbers from 1.
+
+    Raises:
+        UserError: `file`, which is a `kind`, is missing or is no text; `wanted` is what to give instead.
+    """
     if not file.is_file():
-        raise UserError(f"list {file} does not exist; give a file with one `path label` per line")
+        raise UserError(f"{kind} {file} does not exist; give {wanted}")
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"list {file} is no text; give a file with one `path label` per line") from error
+        raise UserError(f"{kind} {file} is no text; give {wanted}") from error
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_classes(file: Path) -> tuple[str, ...]:
+    """Class names, one a line, in the order of the labels; UserError where the file is missing or no text."""
+    return tuple(name for _, name in numbered_lines(file, "classes file", "a file with one name per line"))
+
+
+def _read_list(file: Path) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.lstrip().startswith("#"):
+    for number, line in numbered_lines(file, "list", "a file with one `path label` per line"):
+        if line.startswith("#"):
             continue
-        words = line.strip().rsplit(maxsplit=1)
+        words = line.rsplit(maxsplit=1)
         if len(words) != 2:
-            raise UserError(f"{file} line {number} is {line.strip()!r}; it must be `path label`")
+            raise UserError(f"{file} line {number} is {line!r}; it must be `path label`")
         rows.append((f"{file} line {number}", words[0].strip(), words[1]))
     return rows
 
@@ -225,10 +239,7 @@ def _read_list(file: Path) -> list[tuple[str, str, str]]:
 def _labels(words: Sequence[tuple[str, str]], classes_file: Path | None) -> tuple[tuple[str, ...], Sequence[int]]:
     classes: tuple[str, ...] | None = None
     if classes_file is not None:
-        if not classes_file.is_file():
-            raise UserError(f"classes file {classes_file} does not exist; give a file with one name per line")
-        names = (line.strip() for line in classes_file.read_text(encoding="utf-8").splitlines())
-        classes = tuple(name for name in names if name)
+        classes = read_classes(classes_file)
     if all(re.fullmatch(r"\d+", word) for word, _ in words):
         labels = [int(word) for word, _ in words]
         if classes is None:

@@ -7,9 +7,9 @@ import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.utils import flow_to_image
 
 from dataloaders.batch import ClipBatch
+from dataloaders.flow.colours import flow_colours
 from rev2net.models.rev2net import Rev2Net
 
 
@@ -51,7 +51,7 @@ def decoders(network: Rev2Net, batch: ClipBatch, title: str, columns: int = 8) -
     if output.flow is not None and batch.flow is not None:
         scale = float(batch.flow[0, :, picked].norm(dim=0).quantile(0.98).clamp_min(1e-3))
         for name, flow in (("target flow", batch.flow[0]), ("predicted flow", output.flow[0])):
-            rows.append((name, [_colours(flow[:, t], scale) for t in picked]))
+            rows.append((name, [flow_colours(flow[:, t], scale) for t in picked]))
     figure = Figure(figsize=(1.5 * columns, 1.6 * len(rows) + 0.4), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     figure.suptitle(title)
@@ -67,12 +67,3 @@ def decoders(network: Rev2Net, batch: ClipBatch, title: str, columns: int = 8) -
 
 def _picture(frame: Tensor) -> Tensor:
     return ((frame.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def _colours(flow: Tensor, scale: float) -> Tensor:
-    # flow_to_image scales by the largest vector: a corner pixel of length 1 fixes the scale of every picture.
-    flow = flow.float() / scale
-    flow = flow / flow.norm(dim=0, keepdim=True).clamp_min(1.0)
-    flow = flow.clone()
-    flow[:, 0, 0] = torch.tensor([1.0, 0.0], device=flow.device)
-    return flow_to_image(flow)  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,17 @@ def shared_videos() -> Path:
 def shared_annotations() -> Path:
     """Official and project lists for the real clips; skips where they are absent."""
     return _shared("annotations")
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a `rev2net` command that is a user's mistake; its one sentence."""
+    from rev2net.cli import main
+
+    def run(*command: str) -> str:
+        assert main(list(command)) == 2
+        error = capsys.readouterr().err.strip()
+        assert error and len(error.splitlines()) == 1 and "Traceback" not in error, error
+        return error
+
+    return run

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,10 @@ def test_p12_mistakes_are_one_sentence_and_leave_no_page(
     arguments: list[str],
     words: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["browse", *(word.replace("DATA", str(data)) for word in arguments)]) == 2
-    said = capsys.readouterr().err
-    assert words in said and len(said.strip().splitlines()) == 1
+    assert words in refused("browse", *(word.replace("DATA", str(data)) for word in arguments))
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,9 @@ from dataloaders.official import read_hmdb51, read_kinetics, read_ucf101
 from dataloaders.prepare import prepare
 from dataloaders.sources import SourceListing, read_lists
 from dataloaders.transcode import PrepareSettings
-from rev2net.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared"
-LISTS = SHARED / "annotations"
 CLASSES = ROOT / "configs" / "classes"
-
-needs_lists = pytest.mark.skipif(not LISTS.is_dir(), reason="needs ../shared/annotations, the official lists")
 
 
 def touch(root: Path, *names: str) -> None:
@@ -36,12 +32,13 @@ def counts(listing: SourceListing) -> Counter[str]:
     return Counter(clip.split for clip in (*listing.clips, *listing.missing))
 
 
-@needs_lists
 @pytest.mark.parametrize(("split", "train", "val"), [(1, 9537, 3783), (2, 9586, 3734), (3, 9624, 3696)])
-def test_ucf101_splits_have_the_published_sizes(tmp_path: Path, split: int, train: int, val: int) -> None:
-    first = (LISTS / "ucf101" / f"trainlist{split:02d}.txt").read_text().split()[0]
+def test_ucf101_splits_have_the_published_sizes(
+    tmp_path: Path, shared_annotations: Path, split: int, train: int, val: int
+) -> None:
+    first = (shared_annotations / "ucf101" / f"trainlist{split:02d}.txt").read_text().split()[0]
     touch(tmp_path, first)
-    listing = read_ucf101(tmp_path, LISTS / "ucf101", split)
+    listing = read_ucf101(tmp_path, shared_annotations / "ucf101", split)
     assert counts(listing) == {"train": train, "val": val}
     assert [clip.relative for clip in listing.clips] == [first]
     assert len(listing.classes) == 101 and listing.classes[0] == "ApplyEyeMakeup" and listing.classes[100] == "YoYo"
@@ -49,10 +46,9 @@ def test_ucf101_splits_have_the_published_sizes(tmp_path: Path, split: int, trai
         assert listing.classes[clip.label] == clip.class_name == clip.relative.split("/")[0]
 
 
-@needs_lists
 @pytest.mark.parametrize("split", [1, 2, 3])
-def test_hmdb51_splits_have_the_published_sizes(tmp_path: Path, split: int) -> None:
-    lists = LISTS / "hmdb51" / "testTrainMulti_7030_splits"
+def test_hmdb51_splits_have_the_published_sizes(tmp_path: Path, shared_annotations: Path, split: int) -> None:
+    lists = shared_annotations / "hmdb51" / "testTrainMulti_7030_splits"
     marks = [line.split() for line in (lists / f"wave_test_split{split}.txt").read_text().splitlines()]
     by_mark = {mark: f"wave/{name}" for name, mark in marks}
     touch(tmp_path, *by_mark.values(), "wave/not-listed.avi")
@@ -64,14 +60,11 @@ def test_hmdb51_splits_have_the_published_sizes(tmp_path: Path, split: int) -> N
     assert {clip.relative: clip.split for clip in listing.clips} == {by_mark["1"]: "train", by_mark["2"]: "val"}
 
 
-@needs_lists
-@pytest.mark.skipif(not (SHARED / "videos").is_dir(), reason="needs ../shared/videos, real clips")
-def test_real_files_are_found_whatever_their_names(tmp_path: Path) -> None:
-    videos = SHARED / "videos"
-    ucf = read_ucf101(videos / "ucf101", LISTS / "ucf101")
-    assert len(ucf.clips) == len(list((videos / "ucf101").rglob("*.avi")))
+def test_real_files_are_found_whatever_their_names(shared_videos: Path, shared_annotations: Path) -> None:
+    ucf = read_ucf101(shared_videos / "ucf101", shared_annotations / "ucf101")
+    assert len(ucf.clips) == len(list((shared_videos / "ucf101").rglob("*.avi")))
     hmdb = [
-        read_hmdb51(videos / "hmdb51", LISTS / "hmdb51" / "testTrainMulti_7030_splits", split).clips
+        read_hmdb51(shared_videos / "hmdb51", shared_annotations / "hmdb51" / "testTrainMulti_7030_splits", split).clips
         for split in (1, 2, 3)
     ]
     listed = {clip.relative for clips in hmdb for clip in clips}
@@ -122,15 +115,14 @@ def test_kinetics_copies_and_segments_of_one_video_are_told_apart(tmp_path: Path
     assert [c.relative for c in listing.missing] == ["b_000020_000030"]
 
 
-@needs_lists
-def test_the_map_of_twelve_classes_gives_the_classes_of_the_public_lists(tmp_path: Path) -> None:
+def test_the_map_of_twelve_classes_gives_the_classes_of_the_public_lists(shared_annotations: Path) -> None:
     wanted = read_class_map(CLASSES / "ucf_hmdb_12.yaml")
-    ucf = {line.split()[1] for line in (LISTS / "ucf101" / "classInd.txt").read_text().splitlines()}
-    splits = (LISTS / "hmdb51" / "testTrainMulti_7030_splits").glob("*_test_split1.txt")
+    ucf = {line.split()[1] for line in (shared_annotations / "ucf101" / "classInd.txt").read_text().splitlines()}
+    splits = (shared_annotations / "hmdb51" / "testTrainMulti_7030_splits").glob("*_test_split1.txt")
     names = ucf | {file.name.removesuffix("_test_split1.txt") for file in splits}
     assert set(wanted.sources) <= names
     assert set(read_class_map(CLASSES / "ucf_hmdb_16.yaml").sources) <= names
-    for file in (LISTS / "ucf_hmdb_12").glob("ucf101*"):
+    for file in (shared_annotations / "ucf_hmdb_12").glob("ucf101*"):
         for line in file.read_text().splitlines():
             name, _, label = line.rpartition(",")
             assert wanted.classes.index(wanted.sources[name.split("_")[1]]) == int(label), line
@@ -188,7 +180,7 @@ def test_p12_wrong_sources_are_refused_in_one_sentence(
     arguments: list[str],
     words: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     touch(tmp_path, "videos/x/clip.mp4", "packed/brush_hair.rar", "lists/other.txt")
@@ -199,9 +191,7 @@ def test_p12_wrong_sources_are_refused_in_one_sentence(
     Path("good.csv").write_text(columns + "x,a,1,2,train\n")
     Path("other.yaml").write_text("classes: [{name: a, from: [q]}]")
     Path("both.yaml").write_text("classes: [{name: a, from: [x]}, {name: b, from: [x]}]")
-    assert main(["prepare", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert words in said and len(said.strip().splitlines()) == 1
+    assert words in refused("prepare", *arguments)
     assert not Path("out").exists()
 
 

@@ -18,7 +18,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 import pytest
-from clips import moving, write_video
+from clips import contents, moving, write_video
 
 from dataloaders.errors import UserError
 from dataloaders.flow import decode_flow, tvl1
@@ -52,10 +52,6 @@ def samples_of(data: DataSet, split: str) -> dict[str, tuple[SampleInfo, dict[st
                 info = SampleInfo.from_json(reader.key(i), parts["json"])
                 found[info.source] = (info, parts)
     return found
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in folder.iterdir()}
 
 
 def command(*words: object) -> int:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from clips import moving, write_video
+from clips import contents, moving, write_video
 
 from dataloaders.verify import verify
 
@@ -30,10 +30,6 @@ def start(source: Path, out: Path) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 @pytest.mark.chaos
