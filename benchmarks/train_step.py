@@ -29,6 +29,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from machine import cpu_facts
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -243,17 +244,6 @@ def profiled(run: Run) -> tuple[dict[str, float], list[tuple[str, str, int, floa
 def output_of(*command: str) -> str:
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip()
-
-
-def cpu_facts() -> tuple[str, tuple[str, ...]]:
-    """Model, and those of its instruction sets that matter here."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    model = re.search(r"model name\s*:\s*(.+)", text)
-    flags = re.search(r"^flags\s*:\s*(.+)", text, re.MULTILINE)
-    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    present = tuple(flag for flag in wanted if flags and flag in flags[1].split())
-    return (model[1] if model else platform.processor() or "unknown"), present
 
 
 def header(args: argparse.Namespace, size: Size3, load: float) -> list[str]:

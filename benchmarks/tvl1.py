@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ import av
 import cv2
 import numpy as np
 import numpy.typing as npt
+from machine import cpu_facts
 
 from dataloaders.flow import tvl1
 
@@ -158,7 +158,7 @@ def page(rows: Sequence[dict[str, Any]], speed: dict[str, float]) -> str:
     lines = [
         "# TV-L1 against OpenCV",
         "",
-        f"`python benchmarks/tvl1.py --write benchmarks/tvl1.md`, {date.today()}, {processor()},",
+        f"`python benchmarks/tvl1.py --write benchmarks/tvl1.md`, {date.today()}, {cpu_facts()[0]},",
         f"OpenCV {cv2.__version__}; {len(rows)} pairs by the rule in the script; medians of {REPEATS} passes over all.",
         "",
         "| way | pairs/s |",
@@ -187,17 +187,6 @@ def page(rows: Sequence[dict[str, Any]], speed: dict[str, float]) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
-
-
-def processor() -> str:
-    """Its name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
-    )
 
 
 def main() -> int:
