@@ -114,6 +114,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--flow-scale", type=float, choices=FLOW_SCALES, default=0.5, help="size of flow to RGB (%(default)s)"
     )
+    parser.add_argument(
+        "--flow-device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where TV-L1 runs; with cuda a few workers fill a GPU (%(default)s)",
+    )
     parser.add_argument("--no-flow", action="store_true", help="store no flow")
     parser.add_argument("--seed", type=int, default=0, help="of the order and the validation share (%(default)s)")
     parser.add_argument("--shard-mb", type=float, default=256, metavar="MB", help="size of a shard (%(default)s)")
@@ -162,6 +168,7 @@ def _settings(args: argparse.Namespace) -> PrepareSettings:
         short_side=None if size else short_side,
         size=size,
         flow_scale=None if args.no_flow else args.flow_scale,
+        flow_device=args.flow_device,
         seed=args.seed,
         shard_bytes=int(args.shard_mb * 2**20),
     )

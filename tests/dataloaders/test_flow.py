@@ -16,9 +16,12 @@ import av
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from dataloaders.flow import BOUND, decode_flow, encode_flow, tvl1
+from dataloaders.flow.batched import tvl1_batched
 from dataloaders.flow.kernels import median5
+from dataloaders.flow.tvl1 import Tvl1
 from dataloaders.synth import SynthSettings, draw_scene, render
 
 Floats = npt.NDArray[np.float32]
@@ -158,6 +161,43 @@ def test_a_single_frame_has_no_flow() -> None:
 def test_frames_of_another_form_are_refused(frames: npt.NDArray[Any]) -> None:
     with pytest.raises(ValueError, match="frames"):
         tvl1(frames)
+
+
+@pytest.mark.parametrize("domain", ["a", "b"])
+def test_many_pairs_at_once_in_torch_give_the_same_flow(domain: str) -> None:
+    frames = synth_frames(domain, 4)
+    pictures = torch.from_numpy(frames)
+    short = Tvl1(epsilon=0, levels=1, warps=1, outer=1)
+    assert abs(tvl1_batched(pictures, settings=short).numpy() - tvl1(frames, settings=short)).max() < 1e-5
+    # From level to level the roundings grow where the picture says little, and the stop comes sooner or later.
+    expected = tvl1(frames)
+    error = end_point_error(tvl1_batched(pictures).numpy(), expected)
+    assert error.mean() < 0.02
+    assert (error > 0.1).mean() < 0.01
+    assert abs(expected).mean() > 0.3
+
+
+def test_the_number_of_pairs_at_once_does_not_change_the_flow() -> None:
+    frames = torch.from_numpy(np.stack([texture(40, 56), np.roll(texture(40, 56), 2, 1), texture(40, 56, 1)]))
+    whole = tvl1_batched(frames)
+    pieces = tvl1_batched(frames, pairs=1)
+    # A pair that has come to rest is not moved by another that goes on; sums of several pairs may round otherwise.
+    assert (whole - pieces).abs().max() < 1e-3
+    assert whole[0, 0].mean().item() == pytest.approx(2, abs=0.1)
+
+
+def test_torch_flow_of_still_and_small_pictures() -> None:
+    assert not tvl1_batched(torch.full((3, 20, 24), 90, dtype=torch.uint8)).any()
+    still = torch.from_numpy(synth_frames("a", 2)[:1]).expand(3, -1, -1)
+    assert not tvl1_batched(still).any()
+    assert tvl1_batched(torch.zeros(2, 3, 3)).shape == (1, 2, 3, 3)
+    assert tvl1_batched(torch.zeros(1, 8, 8)).shape == (0, 2, 8, 8)
+
+
+@pytest.mark.parametrize("frames", [torch.zeros(8, 8), torch.zeros(2, 8, 8, dtype=torch.int64), torch.zeros(2, 2, 8)])
+def test_torch_frames_of_another_form_are_refused(frames: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="frames"):
+        tvl1_batched(frames)
 
 
 @pytest.mark.parametrize("levels", [2, 5, 1000])

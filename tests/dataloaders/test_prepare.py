@@ -18,6 +18,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from clips import contents, moving, write_video
 
 from dataloaders.errors import UserError
@@ -360,6 +361,11 @@ def test_p12_when_every_file_is_bad_nothing_is_left(tmp_path: Path) -> None:
         (["folder", "half/a", "out", "--size", "64x64", "--codec", "vp9"], "below 128x128"),
         (["folder", "half/a", "out", "--fps", "fast"], "--fps is 'fast'"),
         (["folder", "half/a", "out", "--fps", "0"], "fps is 0; give 1 to 240"),
+        pytest.param(
+            ["folder", "good", "out", "--flow-device", "cuda"],
+            "PyTorch sees no GPU here; give --flow-device cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["folder", "good", "out", "--workers", "0"], "workers is 0"),
         (["folder", "good", "out", "--max-bad", "2"], "share of bad clips is 2"),
         (["folder", "good", "out", "--val-fraction", "1"], "validation share is 1"),
