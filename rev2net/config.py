@@ -104,7 +104,7 @@ class OptimConfig(Section):
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(1e-4, ge=0, description="not on biases and normalisations")
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    schedule: Literal["cosine", "wsd", "step", "constant"] = "cosine"
     warmup: str | int = Field(0, description="duration of the linear warm-up")
     milestones: tuple[str | int, ...] = Field((), description="step schedule: when the rate drops")
     gamma: float = Field(0.1, gt=0, description="step schedule: factor of each drop")

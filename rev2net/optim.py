@@ -35,11 +35,13 @@ def build_optimizer(network: Rev2Net, config: OptimConfig) -> torch.optim.Optimi
 class Schedule:
     """Learning rate over the run: linear warm-up, then cosine to 0, steps, or constant.
 
+    "wsd" (warm-up, stable, decay) is constant until the last third after the warm-up and falls linearly to 0 there.
+
     Attributes:
         peak: rate at the end of the warm-up (after linear scaling with the global batch).
         warmup: steps of warm-up.
         total: steps of the run.
-        kind: "cosine", "step" or "constant".
+        kind: "cosine", "wsd", "step" or "constant".
         milestones: steps at which "step" multiplies by `gamma`.
         gamma: that factor.
     """
@@ -58,6 +60,8 @@ class Schedule:
         if self.kind == "cosine":
             progress = (step - self.warmup) / max(1, self.total - self.warmup)
             return self.peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        if self.kind == "wsd":
+            return self.peak * min(1.0, 3.0 * max(0, self.total - step) / max(1, self.total - self.warmup))
         if self.kind == "step":
             return self.peak * self.gamma ** sum(step >= m for m in self.milestones)
         return self.peak

@@ -47,6 +47,13 @@ def test_cosine_falls_from_the_peak_to_zero_after_the_warm_up() -> None:
     assert beyond.rate(1000) == pytest.approx(0, abs=1e-12)
 
 
+def test_wsd_is_constant_and_falls_linearly_over_the_last_third() -> None:
+    values = rates(configured(lr=2.0, warmup="10steps", schedule="wsd"), 100)
+    assert values[9:71] == [2.0] * 62
+    assert values[71:] == pytest.approx([2.0 * left / 30 for left in range(29, -1, -1)])
+    assert Schedule(peak=2.0, warmup=0, total=10, kind="wsd", milestones=(), gamma=0.1).rate(1000) == 0
+
+
 def test_steps_drop_at_the_milestones_in_any_unit() -> None:
     config = configured(lr=1.0, schedule="step", milestones=["2epochs", "240samples"], gamma=0.5)  # 10 steps an epoch
     values = rates(config, 40)
