@@ -19,6 +19,12 @@ _SUBMIT_EXAMPLES = """examples:
   rev2net-cluster submit configs/demo.yaml --nodes 2 --gpus-per-node 8 train.global_batch=64 --dry-run
   rev2net-cluster submit configs/demo.yaml --tasks-per-node 2 --executor local
 """
+_PREPARE_EXAMPLES = """What follows is what `rev2net prepare` takes, see `rev2net prepare kinetics --help` and so on.
+
+examples:
+  rev2net-cluster prepare kinetics videos data/k400 --annotations train.csv val.csv --tasks 64
+  rev2net-cluster prepare folder videos data --flow-device cuda --tasks 8 --site configs/cluster/example.yaml --dry-run
+"""
 _DOCTOR_EXAMPLES = """examples:
   rev2net-cluster doctor
   rev2net-cluster doctor --processes 8 --storage /data/kinetics
@@ -42,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     # Overrides may stand anywhere, which argparse's own positionals do not allow beside sub-commands.
     options, rest = _parser().parse_known_args(argv)
+    if options.command == "prepare":
+        return _prepare(options, rest)
     unknown = [text for text in rest if text.startswith("-") or "=" not in text or options.command != "submit"]
     if unknown:
         raise UserError(f"{unknown[0]!r} is not an option of {options.command}: see rev2net-cluster --help")
@@ -65,16 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
     submit.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs, and tasks, on each machine")
     submit.add_argument("--tasks-per-node", type=int, metavar="T", help="tasks on each machine without GPUs")
-    submit.add_argument("--site", type=Path, metavar="YAML", help="partition, account and so on of your cluster")
-    submit.add_argument("--executor", choices=("slurm", "local"), default="slurm", help="where (default slurm)")
-    submit.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("runs/jobs"),
-        metavar="DIR",
-        help="scripts, logs and pickles of the jobs, on storage that all nodes see (default runs/jobs)",
+    _add_job_options(submit)
+    prepare = commands.add_parser(
+        "prepare",
+        help="prepare a data set as a Slurm array",
+        description="Prepare a data set as a Slurm array: each task transcodes its share, a last job makes the shards.",
+        usage="%(prog)s {folder,list,ucf101,hmdb51,kinetics} ... --tasks N [options]",
+        epilog=_PREPARE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    submit.add_argument("--dry-run", action="store_true", help="print the sbatch script, submit nothing")
+    prepare.add_argument("--tasks", type=int, required=True, metavar="N", help="tasks of the array")
+    _add_job_options(prepare)
     doctor = commands.add_parser(
         "doctor",
         help="check this machine: versions, codecs, all-reduce, storage",
@@ -85,6 +95,56 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--processes", type=int, default=2, metavar="N", help="ranks of the all-reduce (default 2)")
     doctor.add_argument("--storage", type=Path, metavar="DIR", help="measure reading the files of this folder")
     return parser
+
+
+def _add_job_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--site", type=Path, metavar="YAML", help="partition, account and so on of your cluster")
+    parser.add_argument("--executor", choices=("slurm", "local"), default="slurm", help="where (default slurm)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/jobs"),
+        metavar="DIR",
+        help="scripts, logs and pickles of the jobs, on storage that all nodes see (default runs/jobs)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the sbatch script, submit nothing")
+
+
+def _prepare(options: argparse.Namespace, words: list[str]) -> int:
+    from cluster.prepare import array_script, run_local, submit_array
+    from cluster.site import load_site
+    from dataloaders.prepare_cli import add_prepare_arguments, read_listing
+
+    if options.tasks < 1:
+        raise UserError(f"--tasks {options.tasks} is not possible: give 1 or more")
+    parser = _Parser(prog="rev2net prepare")
+    add_prepare_arguments(parser)
+    args = parser.parse_args(words)
+    if args.share is not None:
+        raise UserError("--share is what each of the tasks gets by itself: leave it out")
+    site = load_site(options.site)
+    gpus = 1 if args.flow_device == "cuda" and not args.no_flow else 0
+    if options.dry_run:
+        _refuse_dry_run_of_local(options)
+        sys.stdout.write(array_script(tasks=options.tasks, gpus=gpus, site=site, folder=options.folder))
+        return 0
+    listing = read_listing(args)  # A mistake is better found here than after waiting in the queue.
+    if options.executor == "slurm":
+        first, last = submit_array(words, tasks=options.tasks, gpus=gpus, site=site, folder=options.folder)
+        print(
+            f"job {first.job_id.split('_')[0]}: {len(listing.clips)} clips in {options.tasks} tasks; "
+            f"then job {last.job_id} makes the shards and writes to {last.paths.stdout}"
+        )
+        return 0
+    failure = run_local(words, tasks=options.tasks, site=site, folder=options.folder)
+    if failure is not None:
+        print(f"preparation failed: {failure}", file=sys.stderr)
+    return 0 if failure is None else 1
+
+
+def _refuse_dry_run_of_local(options: argparse.Namespace) -> None:
+    if options.executor != "slurm":
+        raise UserError("--dry-run shows the script of --executor slurm; the local executor has none")
 
 
 def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -98,8 +158,8 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
     )
     site = load_site(options.site)
     name = f"rev2net-{options.config.stem}"
-    if options.dry_run and options.executor != "slurm":
-        raise UserError("--dry-run shows the script of --executor slurm; the local executor has none")
+    if options.dry_run:
+        _refuse_dry_run_of_local(options)
     if options.executor == "slurm" and not options.dry_run:
         require_slurm()
     config = load_config(options.config, overrides)

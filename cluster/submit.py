@@ -9,6 +9,7 @@ import contextlib
 import io
 import shlex
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class _ScriptExecutor(SlurmExecutor):  # type: ignore[misc]
 
 def sbatch_script(*, placement: Placement, site: Site, folder: Path, name: str) -> str:
     """The text that `sbatch` gets; `folder` must be one that all nodes see."""
-    executor = _slurm_executor(placement=placement, site=site, folder=folder, name=name)
+    executor = slurm_executor(placement=placement, site=site, folder=folder, name=name)
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
@@ -77,11 +78,17 @@ def submit_slurm(task: Task, *, placement: Placement, site: Site, folder: Path, 
     Raises:
         UserError: no Slurm here, or `sbatch` refuses the job.
     """
+    with slurm_refusals():
+        return slurm_executor(placement=placement, site=site, folder=folder, name=name).submit(task)
+
+
+@contextlib.contextmanager
+def slurm_refusals() -> Iterator[None]:
+    """Turn what submitit raises inside into a UserError of one sentence; no Slurm here is one as well."""
     require_slurm()
-    executor = _slurm_executor(placement=placement, site=site, folder=folder, name=name)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises.
-            return executor.submit(task)
+            yield
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
 
@@ -130,7 +137,8 @@ def require_slurm() -> None:
         )
 
 
-def _slurm_executor(*, placement: Placement, site: Site, folder: Path, name: str) -> Any:
+def slurm_executor(*, placement: Placement, site: Site, folder: Path, name: str) -> Any:
+    """submitit's executor with the settings of the site."""
     executor = _ScriptExecutor(folder, max_num_timeout=site.max_timeouts)
     # Since 22.05 srun does not inherit sbatch's --cpus-per-task; a lost rank must end the job, not hang the others.
     srun_args = ["--kill-on-bad-exit=1"]

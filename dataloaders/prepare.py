@@ -47,6 +47,7 @@ from dataloaders.video import KEYFRAME_INTERVAL, MINIMUM
 from dataloaders.workers import worker_pool
 
 WORK = ".work"
+PLAN = "plan.json"
 QUARANTINE = "quarantine.jsonl"
 MISSING = "missing.txt"
 _LOG_SECONDS = 10.0
@@ -98,19 +99,15 @@ def prepare(
         UserError: the settings cannot be stored, `out` holds something else, too many clips are missing, or no clip of
             a split is good.
     """
-    settings.check()
-    if workers < 1:
-        raise UserError(f"workers is {workers}; give 1 or more")
     if not 0 <= max_bad <= 1:
         raise UserError(f"the allowed share of bad clips is {max_bad}; give a number from 0 to 1")
-    _check_missing(listing, max_missing)
-    identity = {"preparation": settings.to_json(), "source": listing.fingerprint()}
+    identity = _identity(listing, settings, workers, max_missing)
     if _claim(out, identity):
         return _finished_report(out)
     work = out / WORK
-    plan_file = work / "plan.json"
+    plan_file = work / PLAN
     if not plan_file.is_file():
-        bad = _transcode_all(listing, work, settings, workers)
+        bad = _transcode_all(listing.clips, work, settings, workers)
         _refuse_empty_splits(listing, bad, out)
         _write_lines(out / QUARANTINE, [json.dumps(asdict(entry)) for entry in bad])
         _write_lines(out / MISSING, [clip.relative for clip in listing.missing])
@@ -132,12 +129,52 @@ def prepare(
     )
 
 
+def prepare_share(
+    listing: SourceListing,
+    out: Path,
+    settings: PrepareSettings,
+    share: tuple[int, int],
+    *,
+    workers: int = 1,
+    max_missing: float = 0.1,
+) -> tuple[int, tuple[BadClip, ...]]:
+    """Do one machine's part of the work and leave it in `out`, for a `prepare` that finds all parts done.
+
+    Any number of shares may run at once on machines that see the same folder, be killed, and run again.
+
+    Args:
+        share: (i, n): the i-th of n parts, i from 1. Every n-th clip, so that each part has all classes.
+
+    Returns:
+        The number of clips of this share, and those of them that are bad.
+
+    Raises:
+        UserError: as `prepare`, or a share that is not from 1 to n.
+    """
+    number, shares = share
+    if not 1 <= number <= shares:
+        raise UserError(f"--share is {number}/{shares}; give I/N with I from 1 to N")
+    clips = listing.clips[number - 1 :: shares]
+    if _claim(out, _identity(listing, settings, workers, max_missing)) or (out / WORK / PLAN).is_file():
+        return len(clips), ()
+    return len(clips), _transcode_all(clips, out / WORK, settings, workers)
+
+
 def read_quarantine(out: Path) -> tuple[BadClip, ...]:
     """The bad clips of a preparation; none when it had none."""
     file = out / QUARANTINE
     if not file.is_file():
         return ()
     return tuple(BadClip(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines())
+
+
+def _identity(listing: SourceListing, settings: PrepareSettings, workers: int, max_missing: float) -> Mapping[str, Any]:
+    """What a data set is known by; refuses what cannot be prepared."""
+    settings.check()
+    if workers < 1:
+        raise UserError(f"workers is {workers}; give 1 or more")
+    _check_missing(listing, max_missing)
+    return {"preparation": settings.to_json(), "source": listing.fingerprint()}
 
 
 def _claim(out: Path, identity: Mapping[str, Any]) -> bool:
@@ -245,11 +282,13 @@ def _transcode_to_files(work: Path, settings: PrepareSettings, clip: SourceClip)
     return None
 
 
-def _transcode_all(listing: SourceListing, work: Path, settings: PrepareSettings, workers: int) -> tuple[BadClip, ...]:
-    todo = [clip for clip in listing.clips if not _is_done(work, clip.key)]
+def _transcode_all(
+    clips: Sequence[SourceClip], work: Path, settings: PrepareSettings, workers: int
+) -> tuple[BadClip, ...]:
+    todo = [clip for clip in clips if not _is_done(work, clip.key)]
     _say_scaling(settings)
-    if len(todo) < len(listing.clips):
-        print(f"{len(listing.clips) - len(todo)} clips are done already", file=sys.stderr)
+    if len(todo) < len(clips):
+        print(f"{len(clips) - len(todo)} clips are done already", file=sys.stderr)
     job = partial(_transcode_to_files, work, settings)
     bad: list[BadClip] = []
     with Progress(len(todo), "clip") as progress:

@@ -12,7 +12,7 @@ from pathlib import Path
 from dataloaders.classmap import read_class_map
 from dataloaders.errors import UserError
 from dataloaders.official import SPLIT_NUMBERS, read_hmdb51, read_kinetics, read_ucf101
-from dataloaders.prepare import MISSING, QUARANTINE, PrepareReport, prepare
+from dataloaders.prepare import MISSING, QUARANTINE, PrepareReport, prepare, prepare_share
 from dataloaders.shards import DataSet
 from dataloaders.sources import SPLITS, SourceListing, read_folder, read_lists
 from dataloaders.transcode import FLOW_SCALES, PrepareSettings
@@ -123,7 +123,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-flow", action="store_true", help="store no flow")
     parser.add_argument("--seed", type=int, default=0, help="of the order and the validation share (%(default)s)")
     parser.add_argument("--shard-mb", type=float, default=256, metavar="MB", help="size of a shard (%(default)s)")
-    parser.add_argument("--workers", type=int, default=None, help="processes (the number of cores)")
+    parser.add_argument("--workers", type=int, default=None, help="processes (the number of cores it may use)")
+    parser.add_argument(
+        "--share",
+        metavar="I/N",
+        help="transcode only the I-th of N parts, for several machines on one folder; then run without",
+    )
     parser.add_argument(
         "--max-bad",
         type=float,
@@ -151,10 +156,16 @@ def run_prepare(args: argparse.Namespace) -> int:
     start = time.monotonic()
     settings = _settings(args)
     settings.check()
-    listing = _listing(args)
-    if args.class_map is not None:
-        listing = read_class_map(args.class_map).apply(listing)
-    workers = (os.cpu_count() or 1) if args.workers is None else args.workers
+    share = None if args.share is None else _share(args.share)
+    listing = read_listing(args)
+    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    if share is not None:
+        clips, bad = prepare_share(listing, args.out, settings, share, workers=workers, max_missing=args.max_missing)
+        print(
+            f"{args.out}: share {args.share} is done in {time.monotonic() - start:.0f} s: {clips} clips, "
+            f"{len(bad)} of them bad; when all shares are, the same command without --share makes the shards"
+        )
+        return 0
     report = prepare(listing, args.out, settings, workers=workers, max_bad=args.max_bad, max_missing=args.max_missing)
     return _tell(report, listing, args, time.monotonic() - start)
 
@@ -174,6 +185,13 @@ def _settings(args: argparse.Namespace) -> PrepareSettings:
     )
 
 
+def _share(text: str) -> tuple[int, int]:
+    words = text.split("/")
+    if len(words) != 2 or not all(word.isdigit() for word in words):
+        raise UserError(f"--share is {text!r}; give I/N, such as 3/64 for the third of 64 parts")
+    return int(words[0]), int(words[1])
+
+
 def _fps(text: str) -> Fraction | None:
     if text == "source":
         return None
@@ -188,6 +206,12 @@ def _size(text: str) -> tuple[int, int]:
     if len(words) != 2 or not all(word.isdigit() for word in words):
         raise UserError(f"--size is {text!r}; give width and height in pixels, such as 352x256")
     return int(words[0]), int(words[1])
+
+
+def read_listing(args: argparse.Namespace) -> SourceListing:
+    """The clips that the arguments name; raises UserError where they name none."""
+    listing = _listing(args)
+    return listing if args.class_map is None else read_class_map(args.class_map).apply(listing)
 
 
 def _listing(args: argparse.Namespace) -> SourceListing:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -186,7 +187,8 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a crash leaves either all of it or nothing under its name."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Machines that share the folder have the same process numbers.
+    aside = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
     with aside.open("wb") as file:
         file.write(data)
         file.flush()

@@ -23,7 +23,7 @@ def verify(folder: Path, deep: bool = False) -> list[str]:
 
     Checked are sizes and hashes of the shards, the index against the tar, the number of samples, and of
     every sample its parts, label, picture sizes, frame count, codec, and that flow is tagged full range in
-    its bitstream.
+    its bitstream; and that no class is without a sample to learn from.
 
     Args:
         deep: also decode every frame.
@@ -35,21 +35,26 @@ def verify(folder: Path, deep: bool = False) -> list[str]:
         UserError: the folder holds no data set.
     """
     data = DataSet.open(folder)
-    entries = [shard for entry in data.manifest["splits"].values() for shard in entry["shards"]]
+    entries = [(split, shard) for split, entry in data.manifest["splits"].items() for shard in entry["shards"]]
     problems: list[str] = []
+    labels: dict[str, set[int]] = {split: set() for split in data.splits}
     for split, entry in data.manifest["splits"].items():
         if entry["samples"] != data.num_samples(split):
             problems.append(
                 f"split {split}: {entry['samples']} samples in all, {data.num_samples(split)} in its shards"
             )
     with Progress(len(entries), "shard") as progress:
-        for shard in entries:
-            problems += _shard_problems(data, shard, deep)
+        for split, shard in entries:
+            problems += _shard_problems(data, shard, deep, labels[split])
             progress.step()
-    return problems
+    if problems:  # They may hide samples.
+        return problems
+    learned = labels["train"] if "train" in labels else set().union(*labels.values())
+    where = "the split train" if "train" in labels else "any split"
+    return [f"class {name} has no sample in {where}" for i, name in enumerate(data.classes) if i not in learned]
 
 
-def _shard_problems(data: DataSet, shard: Mapping[str, Any], deep: bool) -> Iterator[str]:
+def _shard_problems(data: DataSet, shard: Mapping[str, Any], deep: bool, labels: set[int]) -> Iterator[str]:
     path, name = data.folder / shard["file"], shard["file"]
     try:
         reader = ShardReader(path)
@@ -69,18 +74,21 @@ def _shard_problems(data: DataSet, shard: Mapping[str, Any], deep: bool) -> Iter
         for index in range(len(reader)):
             key = reader.key(index)
             try:
-                for problem in _sample_problems(data, key, reader.read(index), deep):
+                for problem in _sample_problems(data, key, reader.read(index), deep, labels):
                     yield f"{name}: {key}: {problem}"
             except DecodeError as error:
                 yield f"{name}: {key}: {error.reason}"
 
 
-def _sample_problems(data: DataSet, key: str, parts: Mapping[str, bytes], deep: bool) -> Iterator[str]:
+def _sample_problems(
+    data: DataSet, key: str, parts: Mapping[str, bytes], deep: bool, labels: set[int]
+) -> Iterator[str]:
     wanted = {RGB_EXTENSION, INFO_EXTENSION} | ({FLOW_EXTENSION} if data.has_flow else set())
     if set(parts) != wanted:
         yield f"holds {', '.join(sorted(parts))}; expected {', '.join(sorted(wanted))}"
         return
     info = SampleInfo.from_json(key, parts[INFO_EXTENSION])
+    labels.add(info.label)
     if not 0 <= info.label < len(data.classes) or data.classes[info.label] != info.class_name:
         yield f"label {info.label} is not class {info.class_name}"
     video = inspect_video(parts[RGB_EXTENSION], key)

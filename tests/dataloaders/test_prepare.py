@@ -23,7 +23,7 @@ from clips import contents, moving, write_video
 
 from dataloaders.errors import UserError
 from dataloaders.flow import decode_flow, tvl1
-from dataloaders.prepare import prepare
+from dataloaders.prepare import prepare, prepare_share
 from dataloaders.prepare_cli import add_prepare_arguments, run_prepare
 from dataloaders.shards import DataSet, SampleInfo, ShardReader
 from dataloaders.sources import SourceClip, SourceListing, read_folder, read_lists, shuffled
@@ -367,6 +367,8 @@ def test_p12_when_every_file_is_bad_nothing_is_left(tmp_path: Path) -> None:
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
         (["folder", "good", "out", "--workers", "0"], "workers is 0"),
+        (["folder", "good", "out", "--share", "3of4"], "--share is '3of4'; give I/N"),
+        (["folder", "good", "out", "--share", "3/2"], "--share is 3/2; give I/N with I from 1 to N"),
         (["folder", "good", "out", "--max-bad", "2"], "share of bad clips is 2"),
         (["folder", "good", "out", "--val-fraction", "1"], "validation share is 1"),
         (["folder", "good", "good.txt"], "good.txt is a file"),
@@ -415,6 +417,28 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(tmp_path
         DataSet.open(out)
     prepare(read_folder(source), out, SMALL)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_shares_in_any_order_end_with_the_bytes_of_one_run(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for i in range(5):
+        write_video(source / "run" / f"{i}.mp4", moving(6, step=1 + i))
+    (source / "run" / "bad.mp4").write_bytes(b"no video")
+    listing = read_folder(source, val_fraction=0.4)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    prepare(listing, whole, SMALL)
+    assert prepare_share(listing, parts, SMALL, (3, 3))[0] == 2
+    assert prepare_share(listing, parts, SMALL, (1, 3))[0] == 2
+    assert not (parts / "dataset.json").exists()
+    # The second share never ran; the run without a share does its part.
+    report = prepare(listing, parts, SMALL)
+    assert report.finished and not report.already
+    assert {f.name: f.read_bytes() for f in parts.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
+    # A task that comes late finds all done, and changes nothing.
+    assert prepare_share(listing, parts, SMALL, (2, 3)) == (2, ())
+    assert sorted(f.name for f in parts.iterdir()) == sorted(f.name for f in whole.iterdir())
+    with pytest.raises(UserError, match=r"other settings: flow_scale 0\.5"):
+        prepare_share(listing, parts, NO_FLOW, (1, 3))
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -115,6 +116,14 @@ def test_an_index_of_another_tar_is_found(tmp_path: Path) -> None:
 def test_a_description_that_does_not_fit_is_found(tmp_path: Path, info: SampleInfo, problem: str) -> None:
     make(tmp_path, info)
     assert any(problem in found for found in verify(tmp_path))
+
+
+def test_a_class_without_samples_to_learn_from_is_found(tmp_path: Path) -> None:
+    make(tmp_path)
+    manifest = json.loads((tmp_path / "dataset.json").read_bytes())
+    manifest["classes"].append("jump")
+    write_manifest(tmp_path, manifest)
+    assert verify(tmp_path) == ["class jump has no sample in the split train"]
 
 
 def test_the_codec_of_the_manifest_is_checked(tmp_path: Path) -> None:

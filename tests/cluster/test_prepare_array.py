@@ -1,0 +1,69 @@
+"""`rev2net-cluster prepare`: its script against a golden file, and real tasks on this machine."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from dataloaders.prepare import prepare
+from dataloaders.sources import read_folder
+from dataloaders.synth import SynthSettings, synthesise
+from dataloaders.transcode import PrepareSettings
+
+GOLDEN = Path(__file__).parent / "golden" / "prepare.sh"
+
+
+def test_dry_run_prints_the_golden_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "jobs"
+    words = ["prepare", "folder", "videos", "data", "--flow-device", "cuda", "--tasks", "64", "--dry-run"]
+    assert main([*words, "--folder", str(folder)]) == 0
+    script = capsys.readouterr().out.replace(str(folder), "FOLDER").replace(shlex.quote(sys.executable), "PYTHON")
+    assert script == GOLDEN.read_text()
+    assert not folder.exists()
+
+
+def test_tasks_on_this_machine_make_the_bytes_of_one_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    clips, data, whole = tmp_path / "clips", tmp_path / "data", tmp_path / "whole"
+    synthesise(clips, SynthSettings(frames=4, size=64), {"train": 1, "val": 1}, workers=1)
+    options = ["--short-side", "64", "--workers", "1"]
+    jobs = ["--tasks", "2", "--executor", "local", "--folder", str(tmp_path / "jobs")]
+    assert main(["prepare", "folder", str(clips), str(data), *options, *jobs]) == 0
+    out = capfd.readouterr().out
+    assert "16 clips" in out and "submitit" not in out
+    prepare(read_folder(clips), whole, PrepareSettings(short_side=64))
+    assert {f.name: f.read_bytes() for f in data.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
+    # Each task left its log, and did half of the work.
+    logs = [file.read_text() for file in (tmp_path / "jobs").glob("*_log.out")]
+    assert sum("share 1/2 is done" in log and "8 clips" in log for log in logs) == 1
+    assert sum("share 2/2 is done" in log and "8 clips" in log for log in logs) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["folder", "clips", "data"], "required: --tasks"),
+        (["folder", "clips", "data", "--tasks", "0"], "--tasks 0 is not possible"),
+        (["folder", "clips", "data", "--tasks", "2", "--share", "1/2"], "--share is what each of the tasks gets"),
+        (["folder", "clips", "data", "--tasks", "2"], "clips does not exist"),
+        (["folder", "clips", "data", "--tasks", "2", "--flow-scal", "2"], "--flow-scale: invalid choice"),
+        (["fodler", "clips", "data", "--tasks", "2"], "invalid choice: 'fodler'"),
+        (["folder", "real", "data", "--tasks", "2"], "no sbatch"),
+        (["folder", "real", "data", "--tasks", "2", "--executor", "local", "--dry-run"], "--dry-run shows"),
+    ],
+)
+def test_p12_mistakes_are_one_sentence(
+    words: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.fspath(tmp_path))  # No Slurm, also where one is installed.
+    Path("real/a").mkdir(parents=True)
+    Path("real/a/1.mp4").touch()
+    assert main(["prepare", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and expected in captured.err and len(captured.err.splitlines()) == 1
+    assert not Path("data").exists() and not Path("runs").exists()
