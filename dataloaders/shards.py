@@ -189,11 +189,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a crash leaves either all of it or nothing under its name."""
     # Machines that share the folder have the same process numbers.
     aside = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class ShardWriter:

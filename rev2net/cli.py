@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import logging
@@ -213,7 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (OSError, RuntimeError) as error:
         log.debug("failed", exc_info=True)
-        print(f"rev2net {args.command} failed: {error}", file=sys.stderr, flush=True)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        advice = "; free some space and run the same command again: what is finished is kept" if full else ""
+        print(f"rev2net {args.command} failed: {error}{advice}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         print(f"rev2net {args.command}: interrupted", file=sys.stderr)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +30,7 @@ from dataloaders.sources import SourceClip, SourceListing, read_folder, read_lis
 from dataloaders.transcode import PrepareSettings, area_average, transcode
 from dataloaders.verify import verify
 from dataloaders.video import Codec, VideoSource, decode_luma, gray, stored_size
+from rev2net.cli import main
 
 SMALL = PrepareSettings(short_side=64)
 NO_FLOW = PrepareSettings(short_side=64, flow_scale=None)
@@ -472,6 +473,55 @@ def running(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_the_next_run_goes_on(
+    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_source(tmp_path / "in", clips=5, frames=30)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(960_000))
+    out = small_disk / "data"
+    words = ["prepare", "folder", str(source), str(out), "--short-side", "64", "--workers", "1"]
+    assert main(words) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in said and str(out) in said and "run the same command again" in said
+    assert not (out / "dataset.json").exists() and not list(out.rglob("*.tmp"))
+    done = len(list(out.rglob("*.json"))) - 1
+    assert done > 0
+    ballast.unlink()
+    assert main(words) == 0
+    assert f"{done} clips are done already" in capsys.readouterr().err
+    assert verify(out) == []
+
+
+def test_names_and_formats_that_are_seen_in_the_wild(tmp_path: Path) -> None:
+    """Awkward names, HEVC, and an AVI whose tags are not UTF-8."""
+    folder = tmp_path / "in" / "it's a class!"
+    names = ["a b.mp4", "plus+sign & more.mp4", 'quo"te.mp4', "żółw.mp4", "100%.mp4"]
+    for name in names:
+        write_video(folder / name, moving(5))
+    write_video(folder / "hevc.mp4", moving(5), codec="libx265")
+    write_video(folder / "tagged.avi", moving(5), codec="mpeg4")
+    riff = (folder / "tagged.avi").read_bytes()
+    at = riff.index(b"ISFT") + 8
+    (folder / "tagged.avi").write_bytes(riff[:at] + b"\xff\xfe\xe9\xe8" + riff[at + 4 :])
+    report = prepare(read_folder(tmp_path / "in", val_fraction=0), tmp_path / "out", SMALL)
+    assert report.quarantined == () and report.prepared == {"train": len(names) + 2}
+    found = samples_of(DataSet.open(tmp_path / "out"), "train")
+    assert set(found) == {f"it's a class!/{name}" for name in (*names, "hevc.mp4", "tagged.avi")}
+    assert verify(tmp_path / "out", deep=True) == []
 
 
 def test_an_end_between_two_shards_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
