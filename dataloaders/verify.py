@@ -6,16 +6,28 @@ import argparse
 import hashlib
 import sys
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dataloaders.batch import Backend, ClipRequest
 from dataloaders.errors import DecodeError, UserError
+from dataloaders.lanes import choose_backend
+from dataloaders.plan import ClipPlan, ClipShape
 from dataloaders.prepare import Progress
 from dataloaders.shards import FLOW_EXTENSION, INFO_EXTENSION, RGB_EXTENSION, DataSet, SampleInfo, ShardReader
 from dataloaders.video import StoredVideo, decode_luma, inspect_video
 
 _READ_BYTES = 2**20
+_WINDOW = 64
+_SMALL = 32
+"""Frames in one call of DALI, and the size that they are shrunk to: only whether they decode is of interest."""
+
+Decoder = Callable[[Mapping[str, bytes], SampleInfo], Iterator[str]]
+"""Decodes every frame of a sample's videos; yields what is wrong, raises DecodeError at a frame that cannot be."""
 
 
 def verify(folder: Path, deep: bool = False) -> list[str]:
@@ -26,7 +38,7 @@ def verify(folder: Path, deep: bool = False) -> list[str]:
     its bitstream; and that no class is without a sample to learn from.
 
     Args:
-        deep: also decode every frame.
+        deep: also decode every frame, with PyAV and, where training would take it here, with DALI.
 
     Returns:
         One sentence per problem; empty when all is well.
@@ -43,9 +55,10 @@ def verify(folder: Path, deep: bool = False) -> list[str]:
             problems.append(
                 f"split {split}: {entry['samples']} samples in all, {data.num_samples(split)} in its shards"
             )
+    decoders = _decoders(data) if deep else []
     with Progress(len(entries), "shard") as progress:
         for split, shard in entries:
-            problems += _shard_problems(data, shard, deep, labels[split])
+            problems += _shard_problems(data, shard, decoders, labels[split])
             progress.step()
     if problems:  # They may hide samples.
         return problems
@@ -54,7 +67,38 @@ def verify(folder: Path, deep: bool = False) -> list[str]:
     return [f"class {name} has no sample in {where}" for i, name in enumerate(data.classes) if i not in learned]
 
 
-def _shard_problems(data: DataSet, shard: Mapping[str, Any], deep: bool, labels: set[int]) -> Iterator[str]:
+def _decoders(data: DataSet) -> list[Decoder]:
+    """What tries every frame: PyAV, which says how many there are, and DALI where training would take it here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if choose_backend("auto", data.codec, device) == "pyav":
+        return [_count_frames]
+    from dataloaders.dali_backend import DALIBackend
+
+    dali = DALIBackend(device=device, batch=1, threads=1, size=(_SMALL, _SMALL), with_flow=data.has_flow)
+    return [_count_frames, partial(_decode_windows, dali)]
+
+
+def _count_frames(parts: Mapping[str, bytes], info: SampleInfo) -> Iterator[str]:
+    for extension in sorted(set(parts) - {INFO_EXTENSION}):
+        count = sum(1 for _ in decode_luma(parts[extension], info.key))
+        if count != info.num_frames:
+            yield f"{extension} decodes to {count} frames, expected {info.num_frames}"
+
+
+def _decode_windows(backend: Backend, parts: Mapping[str, bytes], info: SampleInfo) -> Iterator[str]:
+    shape = ClipShape(frames=_WINDOW, height=_SMALL, width=_SMALL)
+    for start in range(0, info.num_frames, _WINDOW):
+        frames = tuple(range(start, min(start + _WINDOW, info.num_frames)))
+        plan = ClipPlan(frames=frames, crop=(0, 0, info.height, info.width))
+        rgb, flow = parts[RGB_EXTENSION], parts.get(FLOW_EXTENSION)
+        raw = backend.decode([ClipRequest(key=info.key, rgb=rgb, flow=flow, info=info, plan=plan, shape=shape)])
+        if raw.frames.shape[1] != len(frames):
+            yield f"DALI gives {raw.frames.shape[1]} of the frames {frames[0]} to {frames[-1]}"
+
+
+def _shard_problems(
+    data: DataSet, shard: Mapping[str, Any], decoders: Sequence[Decoder], labels: set[int]
+) -> Iterator[str]:
     path, name = data.folder / shard["file"], shard["file"]
     try:
         reader = ShardReader(path)
@@ -74,14 +118,14 @@ def _shard_problems(data: DataSet, shard: Mapping[str, Any], deep: bool, labels:
         for index in range(len(reader)):
             key = reader.key(index)
             try:
-                for problem in _sample_problems(data, key, reader.read(index), deep, labels):
+                for problem in _sample_problems(data, key, reader.read(index), decoders, labels):
                     yield f"{name}: {key}: {problem}"
             except DecodeError as error:
                 yield f"{name}: {key}: {error.reason}"
 
 
 def _sample_problems(
-    data: DataSet, key: str, parts: Mapping[str, bytes], deep: bool, labels: set[int]
+    data: DataSet, key: str, parts: Mapping[str, bytes], decoders: Sequence[Decoder], labels: set[int]
 ) -> Iterator[str]:
     wanted = {RGB_EXTENSION, INFO_EXTENSION} | ({FLOW_EXTENSION} if data.has_flow else set())
     if set(parts) != wanted:
@@ -100,11 +144,8 @@ def _sample_problems(
         yield from _video_problems("flow", flow, data, info, (info.flow_width or 0, 2 * (info.flow_height or 0)))
         if not flow.full_range:
             yield "flow is not tagged full range in the bitstream: GPU decoders would lose codes"
-    if deep:
-        for extension in sorted(wanted - {INFO_EXTENSION}):
-            count = sum(1 for _ in decode_luma(parts[extension], key))
-            if count != info.num_frames:
-                yield f"{extension} decodes to {count} frames, expected {info.num_frames}"
+    for decoder in decoders:
+        yield from decoder(parts, info)
 
 
 def _video_problems(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloaders.errors import UserError
+from dataloaders.batch import ClipRequest, RawClips
+from dataloaders.dali_backend import DALIBackend
+from dataloaders.errors import DecodeError, UserError
 from dataloaders.shards import DataSet, SampleInfo, ShardWriter, write_manifest
 from dataloaders.verify import add_verify_arguments, run_verify, verify
 from dataloaders.video import Codec, Content, VideoEncoder
@@ -140,6 +143,29 @@ def test_deep_decodes_every_frame(tmp_path: Path) -> None:
     make(tmp_path, rgb=bytes(damaged))
     assert verify(tmp_path) == []
     assert len(verify(tmp_path, deep=True)) == 2
+
+
+def test_deep_decodes_with_the_decoder_of_training_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rgb, flow = video("rgb", 70, "vp9"), video("flow", 70, "vp9")
+    make(tmp_path, replace(INFO, num_frames=70), rgb=rgb, flow=flow, codec="vp9")
+    seen: list[int] = []
+    real = DALIBackend.decode
+
+    def decode(self: DALIBackend, requests: Sequence[ClipRequest]) -> RawClips:
+        seen.extend(requests[0].plan.frames)
+        return real(self, requests)
+
+    monkeypatch.setattr(DALIBackend, "decode", decode)
+    assert verify(tmp_path, deep=True) == []
+    assert seen == 2 * list(range(70))
+
+    def fail(self: DALIBackend, requests: Sequence[ClipRequest]) -> RawClips:
+        raise DecodeError(requests[0].key, "NVDEC says no")
+
+    monkeypatch.setattr(DALIBackend, "decode", fail)
+    assert [p for p in verify(tmp_path, deep=True) if "NVDEC says no" in p] == [
+        f"train-000000.tar: {key}: NVDEC says no" for key in ("a", "b")
+    ]
 
 
 def test_p12_a_folder_without_a_data_set_is_one_sentence(tmp_path: Path) -> None:
