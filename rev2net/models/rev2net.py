@@ -24,8 +24,8 @@ LATENT = 128
 
 LOGVAR_RANGE = (-8.0, 8.0)
 
-MASK_BIAS = -2.0
-"""Where the mask starts, before its sigmoid: 0.12 of the foreground."""
+MASK_BIAS = 4.0
+"""Where the mask starts, before its sigmoid: 0.98 of the foreground."""
 
 
 class Encoder(Protocol):
@@ -263,7 +263,8 @@ class Rev2Net(nn.Module):
             nn.init.zeros_(self.frame_output.up.weight)
             nn.init.zeros_(self.frame_output.background.weight)
             assert self.frame_output.up.bias is not None
-            # Background first (Vondrick et al. keep the mask sparse): it is the easier part, and a good start.
+            # Foreground first: it is the part that can say where things are when. With the background first, a short
+            # training stays at the clip's mean frame.
             nn.init.constant_(self.frame_output.up.bias[3:], MASK_BIAS)
         for latents in (m for m in self.modules() if isinstance(m, Latents)):
             # Both Gaussians start near N(0, 1), hence near each other: their divergence, a sum over thousands of
