@@ -17,7 +17,7 @@ help:
 	@echo "make test      the whole test suite"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     training step and test-time network, written to benchmarks/train_step.md"
-	@echo "make accuracy  the accuracy runs of benchmarks/accuracy.md (about two hours on 2 cores)"
+	@echo "make accuracy  the accuracy runs of benchmarks/accuracy.md (about three hours on 2 cores)"
 	@echo "make chaos     kills at random moments (about ten minutes)"
 	@echo "make test-gpu  the tests that need an NVIDIA GPU"
 

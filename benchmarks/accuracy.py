@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -89,6 +90,8 @@ def train(run: Run, data: Path) -> dict[str, object]:
     from rev2net.config import load_config
 
     output = WORK / run.name.replace("/", "-")
+    if (output / "result.json").exists():  # finished, but its row was removed: to be done anew
+        shutil.rmtree(output)
     started = time.perf_counter()
     command(
         *("deepspeed", "--num_gpus", "2", "--module", "rev2net", "train", f"configs/{run.config}.yaml"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"rev2net-cluster: {error}", file=sys.stderr)
         return 2
+    except (OSError, RuntimeError) as error:
+        print(f"rev2net-cluster failed: {error}", file=sys.stderr)
+        return 1
 
 
 def _run(argv: list[str]) -> int:
@@ -113,13 +117,15 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
 def _prepare(options: argparse.Namespace, words: list[str]) -> int:
     from cluster.prepare import array_script, run_local, submit_array
     from cluster.site import load_site
-    from dataloaders.prepare_cli import add_prepare_arguments, read_listing
+    from dataloaders.prepare_cli import add_prepare_arguments, read_listing, read_settings
 
     if options.tasks < 1:
         raise UserError(f"--tasks {options.tasks} is not possible: give 1 or more")
     parser = _Parser(prog="rev2net prepare")
     add_prepare_arguments(parser)
     args = parser.parse_args(words)
+    # A mistake is better found here than after waiting in the queue. The GPU, if any, is the tasks' own.
+    replace(read_settings(args), flow_device="cpu").check()
     if args.share is not None:
         raise UserError("--share is what each of the tasks gets by itself: leave it out")
     site = load_site(options.site)
@@ -128,7 +134,7 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> int:
         _refuse_dry_run_of_local(options)
         sys.stdout.write(array_script(tasks=options.tasks, gpus=gpus, site=site, folder=options.folder))
         return 0
-    listing = read_listing(args)  # A mistake is better found here than after waiting in the queue.
+    listing = read_listing(args)
     if options.executor == "slurm":
         first, last = submit_array(words, tasks=options.tasks, gpus=gpus, site=site, folder=options.folder)
         print(
@@ -136,7 +142,7 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> int:
             f"then job {last.job_id} makes the shards and writes to {last.paths.stdout}"
         )
         return 0
-    failure = run_local(words, tasks=options.tasks, site=site, folder=options.folder)
+    failure = run_local(words, tasks=options.tasks, gpus=gpus, site=site, folder=options.folder)
     if failure is not None:
         print(f"preparation failed: {failure}", file=sys.stderr)
     return 0 if failure is None else 1

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from submitit.core.utils import environment_variables
 from submitit.helpers import DelayedSubmission
 from submitit.local.local import LocalExecutor
 
@@ -32,6 +33,8 @@ class PrepareTask:
             status = run_prepare(parser.parse_args(self.words))
         except UserError as error:
             sys.exit(f"rev2net-cluster: {error}")
+        except (OSError, RuntimeError) as error:
+            sys.exit(f"rev2net-cluster: preparation failed: {error}")
         if status:
             sys.exit(status)
 
@@ -71,17 +74,18 @@ def submit_array(words: Sequence[str], *, tasks: int, gpus: int, site: Site, fol
         return array[0], last.submit(PrepareTask(tuple(words)))
 
 
-def run_local(words: Sequence[str], *, tasks: int, site: Site, folder: Path) -> str | None:
-    """The same on this machine: all shares at once, then the shards.
+def run_local(words: Sequence[str], *, tasks: int, gpus: int, site: Site, folder: Path) -> str | None:
+    """The same on this machine, to try it: one share after another (each takes all cores), then the shards.
 
     Returns:
         None when the data set is made, else the last line of what went wrong.
     """
     executor = LocalExecutor(folder)
-    executor.update_parameters(timeout_min=site.time_minutes)
-    for job in executor.submit_array(shares(words, tasks)):
-        job.wait()
-    last = executor.submit(PrepareTask(tuple(words)))
+    executor.update_parameters(timeout_min=site.time_minutes, gpus_per_node=gpus)
+    with environment_variables(**site.env):
+        for task in shares(words, tasks):
+            executor.submit(task).wait()
+        last = executor.submit(PrepareTask(tuple(words)))
     last.wait()
     said = [line for line in (last.stdout() or "").splitlines() if not line.startswith("submitit ")]
     print("\n".join(said))

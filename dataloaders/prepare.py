@@ -102,9 +102,10 @@ def prepare(
     if not 0 <= max_bad <= 1:
         raise UserError(f"the allowed share of bad clips is {max_bad}; give a number from 0 to 1")
     identity = _identity(listing, settings, workers, max_missing)
-    if _claim(out, identity):
-        return _finished_report(out)
     work = out / WORK
+    if _claim(out, identity):
+        shutil.rmtree(work, ignore_errors=True)  # of a share that came late, or an end between manifest and clean-up
+        return _finished_report(out)
     plan_file = work / PLAN
     if not plan_file.is_file():
         bad = _transcode_all(listing.clips, work, settings, workers)
@@ -121,7 +122,7 @@ def prepare(
     write_manifest(out, _manifest(listing, settings, identity, records))
     for stray in out.glob("*.tmp"):
         stray.unlink()
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)
     return PrepareReport(
         prepared={split: sum(map(len, shards)) for split, shards in plan.items()},
         quarantined=read_quarantine(out),
@@ -203,7 +204,8 @@ def _claim(out: Path, identity: Mapping[str, Any]) -> bool:
 def _difference(found: Any, wanted: Mapping[str, Any]) -> str:
     try:
         there, here = found["preparation"], wanted["preparation"]
-        changed = [f"{name} {there[name]} (now {value})" for name, value in here.items() if there[name] != value]
+        names = dict.fromkeys([*here, *there])
+        changed = [f"{n} {there.get(n)} (now {here.get(n)})" for n in names if there.get(n) != here.get(n)]
     except (TypeError, KeyError):
         changed = []
     return f"other settings: {', '.join(changed)}" if changed else "another list of clips"
@@ -425,6 +427,7 @@ def _manifest(
             "python": platform.python_version(),
             "ffmpeg": av.ffmpeg_version_info,
             **{name: version(name) for name in ("av", "numpy", "numba", "webdataset")},
+            **({"torch": version("torch")} if settings.flow_device == "cuda" else {}),
         },
     }
 

@@ -21,6 +21,9 @@ from dataloaders.video import MINIMUM
 _SHOWN = 5
 """Bad clips and skipped files that the report names; the rest is counted."""
 
+_GPU_WORKERS = 4
+"""Processes that share a GPU unless --workers is given: each has its own context and about 2 GB of pictures."""
+
 _FOLDER_HELP = """SOURCE holds a folder per class, or the folders train, val, test with a folder per class in each.
 
 examples:
@@ -118,12 +121,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--flow-device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="where TV-L1 runs; with cuda a few workers fill a GPU (%(default)s)",
+        help="where TV-L1 runs (%(default)s)",
     )
     parser.add_argument("--no-flow", action="store_true", help="store no flow")
     parser.add_argument("--seed", type=int, default=0, help="of the order and the validation share (%(default)s)")
     parser.add_argument("--shard-mb", type=float, default=256, metavar="MB", help="size of a shard (%(default)s)")
-    parser.add_argument("--workers", type=int, default=None, help="processes (the number of cores it may use)")
+    parser.add_argument(
+        "--workers", type=int, default=None, help="processes (the number of cores it may use; with cuda at most 4)"
+    )
     parser.add_argument(
         "--share",
         metavar="I/N",
@@ -154,11 +159,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def run_prepare(args: argparse.Namespace) -> int:
     """Run `rev2net prepare`; returns the exit status, raises UserError for a user's mistake."""
     start = time.monotonic()
-    settings = _settings(args)
+    settings = read_settings(args)
     settings.check()
     share = None if args.share is None else _share(args.share)
     listing = read_listing(args)
-    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    workers = args.workers
+    if workers is None:
+        cores = len(os.sched_getaffinity(0))
+        workers = min(_GPU_WORKERS, cores) if settings.flow_device == "cuda" else cores
     if share is not None:
         clips, bad = prepare_share(listing, args.out, settings, share, workers=workers, max_missing=args.max_missing)
         print(
@@ -170,7 +178,8 @@ def run_prepare(args: argparse.Namespace) -> int:
     return _tell(report, listing, args, time.monotonic() - start)
 
 
-def _settings(args: argparse.Namespace) -> PrepareSettings:
+def read_settings(args: argparse.Namespace) -> PrepareSettings:
+    """The settings that the arguments name, not yet checked; raises UserError for words that are none."""
     size = None if args.size is None else _size(args.size)
     short_side = 256 if args.short_side is None else args.short_side
     return PrepareSettings(

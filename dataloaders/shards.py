@@ -235,14 +235,24 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            # A full disk would fail here again, and the first error is the one to tell.
-            with contextlib.suppress(OSError):
-                self._tar.close()
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._aside.unlink()
-            return
+        try:
+            if kind is None:
+                self._finish()
+                return
+        except OSError as failure:
+            error = failure
+        # A full disk would fail here again, and the first error is the one to tell.
+        with contextlib.suppress(OSError):
+            self._tar.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        if kind is None and error is not None:
+            raise error
+
+    def _finish(self) -> None:
         self._tar.close()
         self._file.close()
         text = f"{_INDEX_VERSION} {len(self._lines)}\n" + "".join(f"{line}\n" for line in self._lines)

@@ -52,6 +52,8 @@ def test_tasks_on_this_machine_make_the_bytes_of_one_run(tmp_path: Path, capfd: 
         (["folder", "clips", "data", "--tasks", "2"], "clips does not exist"),
         (["folder", "clips", "data", "--tasks", "2", "--flow-scal", "2"], "--flow-scale: invalid choice"),
         (["fodler", "clips", "data", "--tasks", "2"], "invalid choice: 'fodler'"),
+        (["folder", "real", "data", "--tasks", "2", "--size", "350x256"], "350 is not a multiple of 16"),
+        (["folder", "real", "data", "--tasks", "2", "--fps", "fast"], "--fps is 'fast'"),
         (["folder", "real", "data", "--tasks", "2"], "no sbatch"),
         (["folder", "real", "data", "--tasks", "2", "--executor", "local", "--dry-run"], "--dry-run shows"),
     ],

@@ -506,6 +506,28 @@ def test_a_full_disk_is_named_and_the_next_run_goes_on(
     assert verify(out) == []
 
 
+def test_a_disk_that_fills_while_shards_are_written_leaves_no_part_of_one(
+    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_source(tmp_path / "in", clips=5, frames=30)
+    words = ["prepare", "folder", str(source), "--short-side", "64", "--workers", "1"]
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    size = sum(file.stat().st_size for file in (tmp_path / "whole").iterdir())
+    ballast = small_disk / "ballast"
+    # Room for the samples, each file of which takes whole pages, and for a part of the shards.
+    ballast.write_bytes(bytes(2**20 - int(1.4 * size) - 60_000))
+    out = small_disk / "data"
+    assert main([*words, str(out)]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in said and f"{out}/" in said and ".tar" in said
+    assert not (out / "dataset.json").exists() and not list(out.glob("*.tmp"))
+    ballast.unlink()
+    assert main([*words, str(out)]) == 0
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {
+        f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()
+    }
+
+
 def test_names_and_formats_that_are_seen_in_the_wild(tmp_path: Path) -> None:
     """Awkward names, HEVC, and an AVI whose tags are not UTF-8."""
     folder = tmp_path / "in" / "it's a class!"
