@@ -31,7 +31,7 @@ extra+=(train.duration=120steps loss.ddp_low_from=40steps)
 say "3/4 training Rev2Net on two processes (DeepSpeed ZeRO-1, bf16) into $run, 120 of its 240 steps"
 # The launcher's own messages go to a file: what a newcomer should see is the training.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-deepspeed --num_gpus 2 --master_port "$port" --module rev2net train configs/demo.yaml data.path="$data" output="$run" "${extra[@]}" \
+deepspeed --quiet --num_gpus 2 --master_port "$port" --module rev2net train configs/demo.yaml data.path="$data" output="$run" "${extra[@]}" \
     2> demo/launcher.log || { status=$?; tail -n 20 demo/launcher.log >&2; exit $status; }
 
 say "4/4 testing the I3D that is left at test time, 3 clips of each video"
