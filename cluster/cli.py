@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dataloaders.errors import UserError
+from dataloaders.errors import UserError, describe_failure
 
 if TYPE_CHECKING:
     from cluster.submit import Placement
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rev2net-cluster: {error}", file=sys.stderr)
         return 2
     except (OSError, RuntimeError) as error:
-        print(f"rev2net-cluster failed: {error}", file=sys.stderr)
+        print(f"rev2net-cluster failed: {describe_failure(error)}", file=sys.stderr)
         return 1
 
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submitit.core.utils import environment_variables
 from submitit.helpers import DelayedSubmission
-from submitit.local.local import LocalExecutor
 
 from cluster.site import Site
-from cluster.submit import Placement, slurm_executor, slurm_refusals
-from dataloaders.errors import UserError
+from cluster.submit import Placement, sbatch_script, slurm_executor, slurm_refusals, submit_local, wait_local
+from dataloaders.errors import UserError, describe_failure
 from dataloaders.prepare_cli import add_prepare_arguments, run_prepare
+
+_NAME = "rev2net-prepare"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class PrepareTask:
         except UserError as error:
             sys.exit(f"rev2net-cluster: {error}")
         except (OSError, RuntimeError) as error:
-            sys.exit(f"rev2net-cluster: preparation failed: {error}")
+            sys.exit(f"rev2net-cluster: preparation failed: {describe_failure(error)}")
         if status:
             sys.exit(status)
 
@@ -50,9 +50,7 @@ def shares(words: Sequence[str], tasks: int) -> list[PrepareTask]:
 
 def array_script(*, tasks: int, gpus: int, site: Site, folder: Path) -> str:
     """The text that `sbatch` gets for the array; `gpus` is the number of each task."""
-    executor = _executor(gpus, site, folder)
-    executor.parameters["map_count"] = tasks
-    return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+    return sbatch_script(placement=_placement(gpus), site=site, folder=folder, name=_NAME, array=tasks)
 
 
 def submit_array(words: Sequence[str], *, tasks: int, gpus: int, site: Site, folder: Path) -> tuple[Any, Any]:
@@ -67,11 +65,13 @@ def submit_array(words: Sequence[str], *, tasks: int, gpus: int, site: Site, fol
         UserError: no Slurm here, or `sbatch` refuses a job.
     """
     with slurm_refusals():
-        array = _executor(gpus, site, folder).submit_array(shares(words, tasks))
-        last = _executor(gpus, site, folder)
-        dependency = f"afterany:{array[0].job_id.split('_')[0]}"
+        array, last = (
+            slurm_executor(placement=_placement(gpus), site=site, folder=folder, name=_NAME) for _ in range(2)
+        )
+        jobs = array.submit_array(shares(words, tasks))
+        dependency = f"afterany:{jobs[0].job_id.split('_')[0]}"
         last.update_parameters(additional_parameters={"requeue": True, "dependency": dependency})
-        return array[0], last.submit(PrepareTask(tuple(words)))
+        return jobs[0], last.submit(PrepareTask(tuple(words)))
 
 
 def run_local(words: Sequence[str], *, tasks: int, gpus: int, site: Site, folder: Path) -> str | None:
@@ -80,21 +80,13 @@ def run_local(words: Sequence[str], *, tasks: int, gpus: int, site: Site, folder
     Returns:
         None when the data set is made, else the last line of what went wrong.
     """
-    executor = LocalExecutor(folder)
-    executor.update_parameters(timeout_min=site.time_minutes, gpus_per_node=gpus)
-    with environment_variables(**site.env):
-        for task in shares(words, tasks):
-            executor.submit(task).wait()
-        last = executor.submit(PrepareTask(tuple(words)))
-    last.wait()
-    said = [line for line in (last.stdout() or "").splitlines() if not line.startswith("submitit ")]
+    for task in (*shares(words, tasks), PrepareTask(tuple(words))):
+        job = submit_local(task, placement=_placement(gpus), site=site, folder=folder)
+        failure = wait_local(job)
+    said = [line for line in (job.stdout() or "").splitlines() if not line.startswith("submitit ")]
     print("\n".join(said))
-    if last.paths.result_pickle.exists() and last.exception() is None:
-        return None
-    lines = (last.stderr() or "").strip().splitlines()
-    return f"{lines[-1] if lines else 'no message'} ({last.paths.stderr})"
+    return failure
 
 
-def _executor(gpus: int, site: Site, folder: Path) -> Any:
-    placement = Placement(nodes=1, tasks_per_node=1, gpus_per_node=gpus)
-    return slurm_executor(placement=placement, site=site, folder=folder, name="rev2net-prepare")
+def _placement(gpus: int) -> Placement:
+    return Placement(nodes=1, tasks_per_node=1, gpus_per_node=gpus)

@@ -9,7 +9,7 @@ import contextlib
 import io
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,11 @@ class _ScriptExecutor(SlurmExecutor):  # type: ignore[misc]
         return 2
 
 
-def sbatch_script(*, placement: Placement, site: Site, folder: Path, name: str) -> str:
-    """The text that `sbatch` gets; `folder` must be one that all nodes see."""
+def sbatch_script(*, placement: Placement, site: Site, folder: Path, name: str, array: int | None = None) -> str:
+    """The text that `sbatch` gets, for one job or an array of `array`; `folder` must be one that all nodes see."""
     executor = slurm_executor(placement=placement, site=site, folder=folder, name=name)
+    if array is not None:
+        executor.parameters["map_count"] = array
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
@@ -93,7 +95,7 @@ def slurm_refusals() -> Iterator[None]:
         raise UserError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
 
 
-def submit_local(task: Task, *, placement: Placement, site: Site, folder: Path) -> Any:
+def submit_local(task: Callable[[], object], *, placement: Placement, site: Site, folder: Path) -> Any:
     """Start the tasks on this machine in the background and return submitit's job.
 
     The site's `setup` commands are not run: they prepare a node for a process that here runs already.

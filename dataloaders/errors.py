@@ -1,6 +1,8 @@
-"""The two errors that the rest of the system reacts to by type."""
+"""The two errors that the rest of the system reacts to by type, and what the commands say about the others."""
 
 from __future__ import annotations
+
+import errno
 
 
 class UserError(ValueError):
@@ -22,3 +24,9 @@ class DecodeError(RuntimeError):
         super().__init__(f"{key}: {reason}")
         self.key = key
         self.reason = reason
+
+
+def describe_failure(error: Exception) -> str:
+    """The message of an error that is no mistake of the user's, with advice where there is some."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return f"{error}; free some space and run the same command again: what is finished is kept" if full else str(error)

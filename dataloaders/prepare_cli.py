@@ -8,6 +8,7 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+from typing import get_args
 
 from dataloaders.classmap import read_class_map
 from dataloaders.errors import UserError
@@ -15,7 +16,7 @@ from dataloaders.official import SPLIT_NUMBERS, read_hmdb51, read_kinetics, read
 from dataloaders.prepare import MISSING, QUARANTINE, PrepareReport, prepare, prepare_share
 from dataloaders.shards import DataSet
 from dataloaders.sources import SPLITS, SourceListing, read_folder, read_lists
-from dataloaders.transcode import FLOW_SCALES, PrepareSettings
+from dataloaders.transcode import FLOW_SCALES, FlowDevice, PrepareSettings
 from dataloaders.video import MINIMUM
 
 _SHOWN = 5
@@ -119,7 +120,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--flow-device",
-        choices=("cpu", "cuda"),
+        choices=get_args(FlowDevice),
         default="cpu",
         help="where TV-L1 runs (%(default)s)",
     )

@@ -13,7 +13,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -190,13 +190,23 @@ def write_atomically(path: Path, data: bytes) -> None:
     # Machines that share the folder have the same process numbers.
     aside = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
+        with _naming(path):
+            with aside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+    except OSError:
         aside.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an OSError say which file was to be written: a write's own names none."""
+    try:
+        yield
+    except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
@@ -210,7 +220,7 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._aside = path.with_name(path.name + ".tmp")
-        self._file = _HashingFile(self._aside)
+        self._file = _HashingFile(self._aside, called=path)
         self._tar = TarWriter(self._file, encoder=False, mtime=0, user="rev2net", group="rev2net")
         self._offset = 0
         self._lines: list[str] = []
@@ -238,19 +248,16 @@ class ShardWriter:
         try:
             if kind is None:
                 self._finish()
-                return
-        except OSError as failure:
-            error = failure
-        # A full disk would fail here again, and the first error is the one to tell.
-        with contextlib.suppress(OSError):
-            self._tar.close()
-        with contextlib.suppress(OSError):
-            self._file.close()
+        finally:
+            if self.entry is None:
+                self._discard()
+
+    def _discard(self) -> None:
+        # A full disk fails here again, and the first error is the one to tell.
+        for stream in (self._tar, self._file):
+            with contextlib.suppress(OSError):
+                stream.close()
         self._aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
-        if kind is None and error is not None:
-            raise error
 
     def _finish(self) -> None:
         self._tar.close()
@@ -354,11 +361,12 @@ def _split_key(name: str) -> str:
 
 
 class _HashingFile(io.RawIOBase):
-    """A new file that hashes and counts what is written to it."""
+    """A new file that hashes and counts what is written to it; its errors name the file `called`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, called: Path) -> None:
         super().__init__()
         self._file = path.open("wb")
+        self._called = called
         self.hash = hashlib.sha256()
         self.size = 0
 
@@ -368,11 +376,13 @@ class _HashingFile(io.RawIOBase):
     def write(self, data: Any) -> int:
         self.hash.update(data)
         self.size += len(data)
-        return self._file.write(data)
+        with _naming(self._called):
+            return self._file.write(data)
 
     def close(self) -> None:
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with _naming(self._called):
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
         super().close()

@@ -154,7 +154,7 @@ class FlowTrack:
     """
 
     def __init__(
-        self, width: int, height: int, fps: Fraction, *, codec: Codec, scale: float, device: FlowDevice = "cpu"
+        self, width: int, height: int, fps: Fraction, *, codec: Codec, scale: float, device: FlowDevice
     ) -> None:
         self.width, self.height = flow_size(width, height, codec=codec, scale=scale)
         self._encoder = VideoEncoder(codec, "flow", self.width, 2 * self.height, fps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import json
 import logging
@@ -14,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dataloaders.errors import UserError
+from dataloaders.errors import UserError, describe_failure
 
 log = logging.getLogger("rev2net")
 
@@ -214,9 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (OSError, RuntimeError) as error:
         log.debug("failed", exc_info=True)
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        advice = "; free some space and run the same command again: what is finished is kept" if full else ""
-        print(f"rev2net {args.command} failed: {error}{advice}", file=sys.stderr, flush=True)
+        print(f"rev2net {args.command} failed: {describe_failure(error)}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         print(f"rev2net {args.command}: interrupted", file=sys.stderr)

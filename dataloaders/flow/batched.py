@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dataloaders.flow.kernels import EPSILON, MARGIN
-from dataloaders.flow.tvl1 import DEFAULT, SMALLEST_LEVEL, Tvl1
+from dataloaders.flow.tvl1 import DEFAULT, SMALLEST_LEVEL, Tvl1, check_frames
 
 CHECK_EVERY = 5
 """Iterations between two looks at whether any pair still moves: each look waits for the GPU."""
@@ -31,10 +31,7 @@ def tvl1_batched(frames: Tensor, *, pairs: int = 64, settings: Tvl1 = DEFAULT) -
     Raises:
         ValueError: the frames are not [T, H, W] of uint8 or float32 with T >= 1 and H, W >= 3, or pairs < 1.
     """
-    if frames.ndim != 3 or frames.dtype not in (torch.uint8, torch.float32) or min(frames.shape) < 1:
-        raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}; expected uint8 or float32 [T, H, W]")
-    if min(frames.shape[1:]) < 3:
-        raise ValueError(f"frames of {frames.shape[2]}x{frames.shape[1]} pixels are too small; 3x3 is the least")
+    check_frames(str(frames.dtype).removeprefix("torch."), frames.shape)
     if pairs < 1:
         raise ValueError(f"pairs is {pairs}; expected 1 or more")
     flow = torch.empty((len(frames) - 1, 2, *frames.shape[1:]), dtype=torch.float32, device=frames.device)

@@ -94,6 +94,14 @@ def _pair(first: Sequence[_Level], second: Sequence[_Level], out: Floats, settin
     out[:] = flow
 
 
+def check_frames(dtype: str, shape: Sequence[int]) -> None:
+    """Raise ValueError unless a clip is [T, H, W] of uint8 or float32 with T >= 1 and H, W >= 3."""
+    if len(shape) != 3 or dtype not in ("uint8", "float32") or min(shape) < 1:
+        raise ValueError(f"frames are {dtype} {tuple(shape)}; expected uint8 or float32 [T, H, W]")
+    if min(shape[1:]) < 3:
+        raise ValueError(f"frames of {shape[2]}x{shape[1]} pixels are too small; 3x3 is the least")
+
+
 def tvl1(frames: npt.NDArray[np.uint8] | Floats, *, threads: int | None = None, settings: Tvl1 = DEFAULT) -> Floats:
     """Optical flow between the consecutive frames of a clip.
 
@@ -108,10 +116,7 @@ def tvl1(frames: npt.NDArray[np.uint8] | Floats, *, threads: int | None = None, 
     Raises:
         ValueError: the frames are not [T, H, W] of uint8 or float32 with T >= 1 and H, W >= 3, or threads < 1.
     """
-    if frames.ndim != 3 or frames.dtype not in (np.uint8, np.float32) or min(frames.shape) < 1:
-        raise ValueError(f"frames are {frames.dtype} {frames.shape}; expected uint8 or float32 [T, H, W]")
-    if min(frames.shape[1:]) < 3:
-        raise ValueError(f"frames of {frames.shape[2]}x{frames.shape[1]} pixels are too small; 3x3 is the least")
+    check_frames(str(frames.dtype), frames.shape)
     threads = (os.cpu_count() or 1) if threads is None else threads
     if threads < 1:
         raise ValueError(f"threads is {threads}; expected 1 or more")

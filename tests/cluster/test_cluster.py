@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
-import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,6 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def normalised(script: str, folder: Path) -> str:
-    return script.replace(str(folder), "FOLDER").replace(shlex.quote(sys.executable), "PYTHON")
-
-
 @pytest.mark.parametrize(
     ("golden", "options"),
     [
@@ -47,19 +43,15 @@ def normalised(script: str, folder: Path) -> str:
     ],
 )
 def test_dry_run_prints_the_golden_script(
-    golden: str, options: list[str], config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    golden: str, options: list[str], config: Path, script: Callable[..., str]
 ) -> None:
-    folder = tmp_path / "jobs"
-    assert main(["submit", str(config), "--dry-run", "--folder", str(folder), *options]) == 0
-    assert normalised(capsys.readouterr().out, folder) == (GOLDEN / golden).read_text()
-    assert not folder.exists()
+    assert script("submit", str(config), *options) == (GOLDEN / golden).read_text()
 
 
-def test_site_reaches_the_script_quoted(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_site_reaches_the_script_quoted(config: Path, tmp_path: Path, script: Callable[..., str]) -> None:
     site = tmp_path / "site.yaml"
     site.write_text("qos: high\nconstraint: a100|h100\nmemory_gb: 1.5\nenv: {A: 'two words; $HOME', B: 3}\n")
-    assert main(["submit", str(config), "--gpus-per-node", "1", "--site", str(site), "--dry-run"]) == 0
-    script = capsys.readouterr().out
+    lines = script("submit", str(config), "--gpus-per-node", "1", "--site", str(site)).splitlines()
     for line in (
         "#SBATCH --qos=high",
         "#SBATCH --constraint='a100|h100'",
@@ -67,7 +59,7 @@ def test_site_reaches_the_script_quoted(config: Path, tmp_path: Path, capsys: py
         "export A='two words; $HOME'",
         "export B=3",
     ):
-        assert line in script.splitlines()
+        assert line in lines
 
 
 @pytest.mark.parametrize(
@@ -82,12 +74,11 @@ def test_site_reaches_the_script_quoted(config: Path, tmp_path: Path, capsys: py
     ],
 )
 def test_p12_site_file_mistakes_are_one_sentence(
-    text: str, expected: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str, expected: str, config: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     site = tmp_path / "site.yaml"
     site.write_text(text)
-    assert main(["submit", str(config), "--gpus-per-node", "1", "--dry-run", "--site", str(site)]) == 2
-    assert_one_sentence(capsys, expected)
+    assert expected in refused("submit", str(config), "--gpus-per-node", "1", "--dry-run", "--site", str(site))
 
 
 @pytest.mark.parametrize(
@@ -112,31 +103,23 @@ def test_p12_submit_mistakes_are_one_sentence(
     config: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # No Slurm, also where one is installed.
-    assert main(["submit", str(config), "--folder", str(tmp_path / "jobs"), *options]) == 2
-    assert_one_sentence(capsys, expected)
+    assert expected in refused("submit", str(config), "--folder", str(tmp_path / "jobs"), *options)
     assert not (tmp_path / "jobs").exists()
 
 
 def test_p12_a_refusal_by_sbatch_is_one_sentence(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     for command in ("sbatch", "srun"):
         script = tmp_path / command
         script.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2\nexit 1\n")
         script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert main(["submit", str(config), "--gpus-per-node", "1", "--folder", str(tmp_path / "jobs")]) == 2
-    assert_one_sentence(capsys, "invalid partition")
-
-
-def assert_one_sentence(capsys: pytest.CaptureFixture[str], expected: str) -> None:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert expected in captured.err
-    assert len(captured.err.splitlines()) == 1
+    words = ("submit", str(config), "--gpus-per-node", "1", "--folder", str(tmp_path / "jobs"))
+    assert "invalid partition" in refused(*words)
 
 
 def test_example_site_file_is_valid() -> None:
@@ -277,6 +260,5 @@ def test_doctor_fails_on_a_package_that_does_not_import(
 
 
 @pytest.mark.parametrize("options", [["--storage", "missing"], ["--processes", "0"], ["extra=1"]])
-def test_p12_doctor_mistakes_are_one_sentence(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", *options]) == 2
-    assert_one_sentence(capsys, options[0])
+def test_p12_doctor_mistakes_are_one_sentence(options: list[str], refused: Callable[..., str]) -> None:
+    assert options[0] in refused("doctor", *options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -69,6 +69,15 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def make_source(root: Path, classes: Sequence[str] = ("jump", "run"), clips: int = 3, frames: int = 6) -> Path:
+    """A folder per class of videos, each class with its own motion."""
+    for c, name in enumerate(classes):
+        for i in range(clips):
+            pictures = moving(frames, 64, 80, step=2 * c + 1, seed=10 * c + i)
+            write_video(root / name / f"{name} {i}.mp4", pictures)
+    return root
 
 
 def contents(folder: Path) -> dict[str, bytes]:

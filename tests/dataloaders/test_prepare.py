@@ -4,14 +4,8 @@ import argparse
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -19,29 +13,20 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from clips import contents, moving, write_video
+from clips import contents, make_source, moving, write_video
 
 from dataloaders.errors import UserError
 from dataloaders.flow import decode_flow, tvl1
-from dataloaders.prepare import prepare, prepare_share
+from dataloaders.prepare import prepare
 from dataloaders.prepare_cli import add_prepare_arguments, run_prepare
 from dataloaders.shards import DataSet, SampleInfo, ShardReader
-from dataloaders.sources import SourceClip, SourceListing, read_folder, read_lists, shuffled
+from dataloaders.sources import SourceClip, SourceListing, read_folder
 from dataloaders.transcode import PrepareSettings, area_average, transcode
 from dataloaders.verify import verify
 from dataloaders.video import Codec, VideoSource, decode_luma, gray, stored_size
-from rev2net.cli import main
 
 SMALL = PrepareSettings(short_side=64)
 NO_FLOW = PrepareSettings(short_side=64, flow_scale=None)
-
-
-def make_source(root: Path, classes: Sequence[str] = ("jump", "run"), clips: int = 3, frames: int = 6) -> Path:
-    for c, name in enumerate(classes):
-        for i in range(clips):
-            pictures = moving(frames, 64, 80, step=2 * c + 1, seed=10 * c + i)
-            write_video(root / name / f"{name} {i}.mp4", pictures)
-    return root
 
 
 def samples_of(data: DataSet, split: str) -> dict[str, tuple[SampleInfo, dict[str, bytes]]]:
@@ -169,69 +154,6 @@ def test_lists_with_splits_names_and_spaces(tmp_path: Path) -> None:
         "run/run 1.mp4": 1,
     }
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-
-
-def test_integer_labels_and_a_classes_file(tmp_path: Path) -> None:
-    (tmp_path / "l.txt").write_text("a.mp4 2\nb.mp4 0\n")
-    (tmp_path / "names.txt").write_text("x\ny\nz\n")
-    (tmp_path / "a.mp4").touch()
-    (tmp_path / "b.mp4").touch()
-    lists = [("train", tmp_path / "l.txt")]
-    assert read_lists(lists, tmp_path).classes == ("0", "1", "2")
-    listing = read_lists(lists, tmp_path, classes_file=tmp_path / "names.txt")
-    assert [clip.class_name for clip in listing.clips] == ["z", "x"]
-
-
-def test_split_folders_are_taken_as_they_are(tmp_path: Path) -> None:
-    for name in ("train/a/1.mp4", "train/b/1.avi", "val/a/2.webm", "val/a/notes.txt", "val/a/.hidden"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    listing = read_folder(tmp_path)
-    assert [(c.split, c.class_name, c.relative) for c in listing.clips] == [
-        ("train", "a", "train/a/1.mp4"),
-        ("train", "b", "train/b/1.avi"),
-        ("val", "a", "val/a/2.webm"),
-    ]
-    assert listing.skipped == ("val/a/notes.txt",)
-
-
-def many_clips(classes: int, each: int) -> list[SourceClip]:
-    return [
-        SourceClip(path=Path("x"), relative=f"{c}/{i}.mp4", split="train", label=c, class_name=str(c))
-        for c in range(classes)
-        for i in range(each)
-    ]
-
-
-def test_the_validation_share_is_stratified_and_keyed_by_the_path(tmp_path: Path) -> None:
-    for clip in many_clips(4, 10):
-        (tmp_path / "all" / clip.relative).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "all" / clip.relative).touch()
-    val = {c.relative for c in read_folder(tmp_path / "all").clips if c.split == "val"}
-    assert Counter(name.split("/")[0] for name in val) == dict.fromkeys("0123", 2)
-    other = {c.relative for c in read_folder(tmp_path / "all", seed=1).clips if c.split == "val"}
-    assert val != other
-    (tmp_path / "all").rename(tmp_path / "moved")
-    assert {c.relative for c in read_folder(tmp_path / "moved").clips if c.split == "val"} == val
-
-
-@pytest.mark.parametrize(("classes", "each", "shard"), [(101, 95, 300), (8, 24, 20), (400, 20, 1000)])
-def test_no_shard_of_a_class_sorted_list_has_twice_a_class_s_share(classes: int, each: int, shard: int) -> None:
-    clips = many_clips(classes, each)
-    for seed in range(3):
-        order = shuffled(clips, seed)
-        assert sorted(c.relative for c in order) == sorted(c.relative for c in clips)
-        for start in range(0, len(order), shard):
-            part = order[start : start + shard]
-            expected = len(part) / classes
-            if expected >= 1:
-                assert max(Counter(c.label for c in part).values()) <= 2 * expected
-    assert [c.relative for c in order] != [c.relative for c in shuffled(clips, 0)]
-
-
-def test_any_class_can_follow_any_other() -> None:
-    labels = [clip.label for clip in shuffled(many_clips(4, 200), 0)]
-    assert len(set(pairwise(labels))) == 16
 
 
 def test_the_order_of_the_listing_does_not_change_the_shards(tmp_path: Path) -> None:
@@ -395,139 +317,6 @@ def test_p12_mistakes_are_one_sentence(
     assert not Path("out").exists()
 
 
-def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    source = make_source(tmp_path / "in", clips=5, frames=20)
-    prepare(read_folder(source), tmp_path / "whole", SMALL)
-    out = tmp_path / "out"
-    code = (
-        "import sys; from pathlib import Path; from dataloaders.prepare import prepare;"
-        "from dataloaders.sources import read_folder; from dataloaders.transcode import PrepareSettings;"
-        "prepare(read_folder(Path(sys.argv[1])), Path(sys.argv[2]), PrepareSettings(short_side=64))"
-    )
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen([sys.executable, "-c", code, str(source), str(out)], cwd=root)
-    deadline = time.monotonic() + 120
-    while len(list(out.glob(".work/samples/*/*.json"))) < 3 and time.monotonic() < deadline:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = {f: f.stat().st_mtime_ns for f in out.glob(".work/samples/*/*.json")}
-    assert done and not (out / "dataset.json").exists()
-    with pytest.raises(UserError, match=r"no dataset\.json"):
-        DataSet.open(out)
-    prepare(read_folder(source), out, SMALL)
-    assert contents(out) == contents(tmp_path / "whole")
-
-
-def test_shares_in_any_order_end_with_the_bytes_of_one_run(tmp_path: Path) -> None:
-    source = tmp_path / "in"
-    for i in range(5):
-        write_video(source / "run" / f"{i}.mp4", moving(6, step=1 + i))
-    (source / "run" / "bad.mp4").write_bytes(b"no video")
-    listing = read_folder(source, val_fraction=0.4)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    prepare(listing, whole, SMALL)
-    assert prepare_share(listing, parts, SMALL, (3, 3))[0] == 2
-    assert prepare_share(listing, parts, SMALL, (1, 3))[0] == 2
-    assert not (parts / "dataset.json").exists()
-    # The second share never ran; the run without a share does its part.
-    report = prepare(listing, parts, SMALL)
-    assert report.finished and not report.already
-    assert {f.name: f.read_bytes() for f in parts.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
-    # A task that comes late finds all done, and changes nothing.
-    assert prepare_share(listing, parts, SMALL, (2, 3)) == (2, ())
-    assert sorted(f.name for f in parts.iterdir()) == sorted(f.name for f in whole.iterdir())
-    with pytest.raises(UserError, match=r"other settings: flow_scale 0\.5"):
-        prepare_share(listing, parts, NO_FLOW, (1, 3))
-
-
-def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
-    code = (
-        "import time; from dataloaders.workers import worker_pool\n"
-        "if __name__ == '__main__':\n"
-        "    with worker_pool(2) as pool:\n"
-        "        list(pool.map(time.sleep, [0, 0.2, 0.2])); print(*pool._processes, flush=True)\n"
-        "        pool.submit(time.sleep, 300).result()"
-    )
-    (tmp_path / "pool.py").write_text(code)
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "pool.py")], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout is not None
-    workers = process.stdout.readline().split()
-    assert len(workers) == 2 and all(running(pid) for pid in workers)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 60
-    while any(running(pid) for pid in workers):
-        assert time.monotonic() < deadline, "the workers go on without their parent"
-        time.sleep(0.05)
-
-
-def running(pid: str) -> bool:
-    """Is there such a process, and not only its exit status?"""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("this user may not mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_is_named_and_the_next_run_goes_on(
-    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = make_source(tmp_path / "in", clips=5, frames=30)
-    ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(960_000))
-    out = small_disk / "data"
-    words = ["prepare", "folder", str(source), str(out), "--short-side", "64", "--workers", "1"]
-    assert main(words) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "No space left on device" in said and str(out) in said and "run the same command again" in said
-    assert not (out / "dataset.json").exists() and not list(out.rglob("*.tmp"))
-    done = len(list(out.rglob("*.json"))) - 1
-    assert done > 0
-    ballast.unlink()
-    assert main(words) == 0
-    assert f"{done} clips are done already" in capsys.readouterr().err
-    assert verify(out) == []
-
-
-def test_a_disk_that_fills_while_shards_are_written_leaves_no_part_of_one(
-    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = make_source(tmp_path / "in", clips=5, frames=30)
-    words = ["prepare", "folder", str(source), "--short-side", "64", "--workers", "1"]
-    assert main([*words, str(tmp_path / "whole")]) == 0
-    size = sum(file.stat().st_size for file in (tmp_path / "whole").iterdir())
-    ballast = small_disk / "ballast"
-    # Room for the samples, each file of which takes whole pages, and for a part of the shards.
-    ballast.write_bytes(bytes(2**20 - int(1.4 * size) - 60_000))
-    out = small_disk / "data"
-    assert main([*words, str(out)]) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "No space left on device" in said and f"{out}/" in said and ".tar" in said
-    assert not (out / "dataset.json").exists() and not list(out.glob("*.tmp"))
-    ballast.unlink()
-    assert main([*words, str(out)]) == 0
-    assert {f.name: f.read_bytes() for f in out.iterdir()} == {
-        f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()
-    }
-
-
 def test_names_and_formats_that_are_seen_in_the_wild(tmp_path: Path) -> None:
     """Awkward names, HEVC, and an AVI whose tags are not UTF-8."""
     folder = tmp_path / "in" / "it's a class!"
@@ -544,26 +333,6 @@ def test_names_and_formats_that_are_seen_in_the_wild(tmp_path: Path) -> None:
     found = samples_of(DataSet.open(tmp_path / "out"), "train")
     assert set(found) == {f"it's a class!/{name}" for name in (*names, "hevc.mp4", "tagged.avi")}
     assert verify(tmp_path / "out", deep=True) == []
-
-
-def test_an_end_between_two_shards_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listing = read_folder(make_source(tmp_path / "in"), val_fraction=0)
-    settings = PrepareSettings(short_side=64, flow_scale=None, shard_bytes=8_000)
-    prepare(listing, tmp_path / "whole", settings)
-    replace = Path.replace
-
-    def die_at_the_second_shard(self: Path, target: Path) -> Path:
-        if target.name == "train-000001.tar":
-            raise KeyboardInterrupt
-        return replace(self, target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "replace", die_at_the_second_shard)
-        prepare(listing, tmp_path / "out", settings)
-    first = (tmp_path / "out/train-000000.tar").stat().st_mtime_ns
-    prepare(listing, tmp_path / "out", settings)
-    assert (tmp_path / "out/train-000000.tar").stat().st_mtime_ns == first
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_fps_source_keeps_each_clip_s_rate(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Preparation killed again and again: `make chaos`. The suite has a short form in test_prepare.py."""
+"""Preparation killed again and again: `make chaos`. The suite has a short form in test_prepare_interrupted.py."""
 
 from __future__ import annotations
 

@@ -1,0 +1,74 @@
+"""The listings that a preparation starts from: folders, lists, their split, and their order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from dataloaders.sources import SourceClip, read_folder, read_lists, shuffled
+
+
+def test_integer_labels_and_a_classes_file(tmp_path: Path) -> None:
+    (tmp_path / "l.txt").write_text("a.mp4 2\nb.mp4 0\n")
+    (tmp_path / "names.txt").write_text("x\ny\nz\n")
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "b.mp4").touch()
+    lists = [("train", tmp_path / "l.txt")]
+    assert read_lists(lists, tmp_path).classes == ("0", "1", "2")
+    listing = read_lists(lists, tmp_path, classes_file=tmp_path / "names.txt")
+    assert [clip.class_name for clip in listing.clips] == ["z", "x"]
+
+
+def test_split_folders_are_taken_as_they_are(tmp_path: Path) -> None:
+    for name in ("train/a/1.mp4", "train/b/1.avi", "val/a/2.webm", "val/a/notes.txt", "val/a/.hidden"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    listing = read_folder(tmp_path)
+    assert [(c.split, c.class_name, c.relative) for c in listing.clips] == [
+        ("train", "a", "train/a/1.mp4"),
+        ("train", "b", "train/b/1.avi"),
+        ("val", "a", "val/a/2.webm"),
+    ]
+    assert listing.skipped == ("val/a/notes.txt",)
+
+
+def many_clips(classes: int, each: int) -> list[SourceClip]:
+    return [
+        SourceClip(path=Path("x"), relative=f"{c}/{i}.mp4", split="train", label=c, class_name=str(c))
+        for c in range(classes)
+        for i in range(each)
+    ]
+
+
+def test_the_validation_share_is_stratified_and_keyed_by_the_path(tmp_path: Path) -> None:
+    for clip in many_clips(4, 10):
+        (tmp_path / "all" / clip.relative).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "all" / clip.relative).touch()
+    val = {c.relative for c in read_folder(tmp_path / "all").clips if c.split == "val"}
+    assert Counter(name.split("/")[0] for name in val) == dict.fromkeys("0123", 2)
+    other = {c.relative for c in read_folder(tmp_path / "all", seed=1).clips if c.split == "val"}
+    assert val != other
+    (tmp_path / "all").rename(tmp_path / "moved")
+    assert {c.relative for c in read_folder(tmp_path / "moved").clips if c.split == "val"} == val
+
+
+@pytest.mark.parametrize(("classes", "each", "shard"), [(101, 95, 300), (8, 24, 20), (400, 20, 1000)])
+def test_no_shard_of_a_class_sorted_list_has_twice_a_class_s_share(classes: int, each: int, shard: int) -> None:
+    clips = many_clips(classes, each)
+    for seed in range(3):
+        order = shuffled(clips, seed)
+        assert sorted(c.relative for c in order) == sorted(c.relative for c in clips)
+        for start in range(0, len(order), shard):
+            part = order[start : start + shard]
+            expected = len(part) / classes
+            if expected >= 1:
+                assert max(Counter(c.label for c in part).values()) <= 2 * expected
+    assert [c.relative for c in order] != [c.relative for c in shuffled(clips, 0)]
+
+
+def test_any_class_can_follow_any_other() -> None:
+    labels = [clip.label for clip in shuffled(many_clips(4, 200), 0)]
+    assert len(set(pairwise(labels))) == 16
