@@ -1,6 +1,6 @@
 """Jobs from configurations: the Slurm script, its submission, and the same task on this machine.
 
-The scripts are compared with golden files; no script was submitted to a real Slurm yet.
+The scripts are compared with golden files, and some are submitted to a real Slurm (`tests/cluster/test_slurm.py`).
 """
 
 from __future__ import annotations

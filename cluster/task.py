@@ -1,7 +1,8 @@
 """What runs on the nodes: one task per rank, and what a signal does to it.
 
 Slurm announces the end of a job by a signal: SIGUSR2 some time before the time limit (and at a preemption where the
-site sets `PreemptParameters=send_user_signal` and a `GraceTime`), SIGTERM at `scancel` and at other preemptions. The
+site sets a `GraceTime` and `SlurmctldParameters=preempt_send_user_signal`, in later versions
+`PreemptParameters=send_user_signal`), SIGTERM at `scancel` and at other preemptions. The
 handler only sets a flag. The training loop asks for the flag, agrees on it with all ranks at a step boundary, saves
 together with them and returns; only then does rank 0 put the job back into the queue, with submitit's own handler.
 submitit by itself would requeue inside the signal handler of rank 0 while the other ranks go on.
@@ -11,9 +12,9 @@ and after a preemption with `PreemptMode=REQUEUE` Slurm requeues it.
 
 Slurm signals every process of a job step, not ranks only: child processes that training starts must ignore SIGUSR2.
 
-Run so far: with submitit's local executor (real training on two processes, real signals, gloo). Not yet run on a
-real Slurm: several nodes, the requeue through `scontrol`, which signals a preemption sends, and Slurm's own requeue
-of a job that ends within its `GraceTime`.
+Run so far: with submitit's local executor, and on a real Slurm (22.05) with two nodes: preemption by a higher
+partition, requeue through `scontrol`, the same weights in the end. Not yet: the time limit reached, several ranks a
+node, GPUs.
 """
 
 from __future__ import annotations

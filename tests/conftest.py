@@ -41,3 +41,26 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return error
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated clips of 8 classes (2 for training and 1 for validation each), prepared as VP9 with flow."""
+    from rev2net.cli import main
+
+    folder = tmp_path_factory.mktemp("tiny")
+    assert (
+        main(["synth", str(folder / "clips"), "--clips-per-class", "2", "--val-per-class", "1", "--frames", "12"]) == 0
+    )
+    prepare = [
+        "prepare",
+        "folder",
+        str(folder / "clips"),
+        str(folder / "data"),
+        "--codec",
+        "vp9",
+        "--short-side",
+        "128",
+    ]
+    assert main(prepare) == 0
+    return folder / "data"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from slurm import Slurm, missing
 
 from cluster.cli import main
 
@@ -37,3 +38,20 @@ def script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
         return text.replace(str(folder), "FOLDER").replace(shlex.quote(sys.executable), "PYTHON")
 
     return run
+
+
+@pytest.fixture(scope="session")
+def slurm_daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A real Slurm of two nodes; skips where it cannot be had."""
+    reason = missing()
+    if reason is not None:
+        pytest.skip(f"no real Slurm here: {reason}")
+    with Slurm(tmp_path_factory.mktemp("slurm")) as slurm:
+        yield slurm
+
+
+@pytest.fixture
+def slurm(slurm_daemons: Slurm, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    """The same, as the Slurm that commands find."""
+    monkeypatch.setenv("SLURM_CONF", str(slurm_daemons.conf))
+    return slurm_daemons

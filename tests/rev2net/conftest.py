@@ -1,4 +1,4 @@
-"""One small generated data set and one training of it, shared by the tests that need them."""
+"""One training of the small generated data set, shared by the tests that need it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import pytest
 import torch
 from tiny import TINY, Trained, run
 
-from rev2net.cli import main
-
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
@@ -19,27 +17,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Generated clips of 8 classes (2 for training and 1 for validation each), prepared as VP9 with flow."""
-    folder = tmp_path_factory.mktemp("tiny")
-    assert (
-        main(["synth", str(folder / "clips"), "--clips-per-class", "2", "--val-per-class", "1", "--frames", "12"]) == 0
-    )
-    prepare = [
-        "prepare",
-        "folder",
-        str(folder / "clips"),
-        str(folder / "data"),
-        "--codec",
-        "vp9",
-        "--short-side",
-        "128",
-    ]
-    assert main(prepare) == 0
-    return folder / "data"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,81 @@
+"""Real jobs on a real Slurm of two nodes on this machine (see slurm.py); skipped, with the reason, elsewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
+from slurm import Slurm
+from tiny import TINY
+
+from cluster.cli import main
+from dataloaders.prepare import prepare
+from dataloaders.shards import MANIFEST
+from dataloaders.sources import read_folder
+from dataloaders.synth import SynthSettings, synthesise
+from dataloaders.transcode import PrepareSettings
+from dataloaders.verify import verify
+
+STEPS = 24
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A site file for the lower of the two partitions."""
+    path = tmp_path / "site.yaml"
+    path.write_text(
+        "partition: low\ntime_minutes: 20\nsignal_delay_s: 30\nenv: {OMP_NUM_THREADS: 1, DS_ACCELERATOR: cpu}\n"
+    )
+    return path
+
+
+def test_an_array_prepares_the_bytes_of_one_run(
+    slurm: Slurm, site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips, data, whole, jobs = (tmp_path / name for name in ("clips", "data", "whole", "jobs"))
+    synthesise(clips, SynthSettings(frames=4, size=64), {"train": 1, "val": 1}, workers=1)
+    words = ["prepare", "folder", str(clips), str(data), "--short-side", "64", "--workers", "1", "--tasks", "2"]
+    assert main([*words, "--site", str(site), "--folder", str(jobs)]) == 0
+    first, last = re.findall(r"job (\d+)", capsys.readouterr().out)
+    slurm.wait_for_end(last)
+    assert f"{data}: prepared" in (jobs / f"{last}_0_log.out").read_text()
+    for task in (0, 1):
+        assert f"share {task + 1}/2 is done" in (jobs / f"{first}_{task}_0_log.out").read_text()
+    prepare(read_folder(clips), whole, PrepareSettings(short_side=64))
+    assert (data / MANIFEST).read_bytes() == (whole / MANIFEST).read_bytes() and verify(data) == []
+
+
+def test_p7_a_preempted_job_goes_on_and_trains_the_same_weights(
+    slurm: Slurm, site: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two nodes, one rank on each; a job of the higher partition takes both in the middle of the training."""
+
+    def submit(name: str) -> str:
+        words = ["submit", "configs/demo.yaml", "--nodes", "2", "--tasks-per-node", "1", "--site", str(site)]
+        words += ["--folder", str(tmp_path / "jobs"), f"data.path={tiny_data}", f"output={tmp_path / name}", *TINY]
+        words += [f"train.duration={STEPS}steps", f"train.checkpoint_every={STEPS}steps"]
+        assert main(words) == 0
+        return re.findall(r"job (\d+)", capsys.readouterr().out)[0]
+
+    slurm.wait_for_end(submit("whole"))
+    job = submit("preempted")
+    log = tmp_path / "preempted" / "train.log"
+    slurm.wait("fifth step", lambda: log.exists() and f"step 5/{STEPS}" in log.read_text())
+    other = slurm.command("sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "--wrap", "sleep 1")
+    slurm.wait_for_end(other)
+    slurm.wait_for_end(job)
+    assert "stopped at step" in log.read_text() and "going on from" in log.read_text()
+    # No step was done twice: at most one beyond the signal, saved, and gone on from.
+    steps = [int(step) for step in re.findall(rf"step (\d+)/{STEPS}", log.read_text())]
+    assert steps == list(range(1, STEPS + 1))
+    runs = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
+    assert len(runs) == 2 and {run.info.status for run in runs} == {"FINISHED"}
+    whole, preempted = (
+        load_file(tmp_path / name / f"checkpoints/step-{STEPS:08d}/weights.safetensors")
+        for name in ("whole", "preempted")
+    )
+    assert whole.keys() == preempted.keys()
+    assert all(whole[key].equal(preempted[key]) for key in whole)
