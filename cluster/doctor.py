@@ -118,7 +118,10 @@ def _slurm() -> Row:
     if shutil.which("sbatch") is None:
         return Row(name="Slurm", state="ok", text="none here (submit --executor local works without)")
     run = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, timeout=20, check=False)
-    return Row(name="Slurm", state="ok" if run.returncode == 0 else "warn", text=(run.stdout or run.stderr).strip())
+    if run.returncode == 0:
+        return Row(name="Slurm", state="ok", text=run.stdout.strip())
+    said = run.stderr.strip().splitlines() or ["no message"]
+    return Row(name="Slurm", state="warn", text=f"installed, but does not answer: {said[-1]}")
 
 
 def _gpus() -> Row:
