@@ -44,6 +44,7 @@ class RunState:
         classes: class names, in order of the logits.
         world_size: number of ranks that wrote the checkpoint.
         config: the configuration that it was written under.
+        skipped: how many of the steps did not change the weights, because their loss was not finite.
     """
 
     step: int
@@ -51,6 +52,7 @@ class RunState:
     classes: tuple[str, ...]
     world_size: int
     config: dict[str, Any]
+    skipped: int = 0
 
 
 def _float_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -91,14 +93,14 @@ def gather_optimizer(engine: Engine) -> dict[str, Tensor]:
     return states
 
 
-def restore_optimizer(engine: Engine, states: Mapping[str, Tensor], step: int) -> None:
-    """Put whole optimizer states into whatever partition this engine has. Every rank calls it."""
+def restore_optimizer(engine: Engine, states: Mapping[str, Tensor], updates: int) -> None:
+    """Put whole optimizer states, after so many updates, into whatever partition this engine has. On every rank."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     stage, ranks = engine.config.train.zero_stage, engine.ranks
     for state in engine.torch_optimizer.state.values():
         if "step" in state:
-            state["step"].fill_(step)
+            state["step"].fill_(updates)
     for name, parameter in engine.step_module.network.named_parameters():
         for key in engine.state_names:
             whole = states[f"{name}/{key}"].to(engine.ranks.device)

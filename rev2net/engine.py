@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,7 @@ class Engine:
         accumulation: micro-batches of one optimizer step on this rank.
         config: the run's configuration.
         ranks: this process's place.
+        statistics: this rank's batch-normalisation statistics as they were before the step.
     """
 
     deepspeed: Any
@@ -133,6 +134,7 @@ class Engine:
     accumulation: int
     config: Config
     ranks: Ranks
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
@@ -167,6 +169,8 @@ class Engine:
         Whatever is random on the device is drawn from (seed, step, number of the micro-batch in the global
         batch): the same on every number of ranks, and nothing to save.
         """
+        if index == 0:
+            self.statistics = {name: b.clone() for name, b in self.step_module.network.named_buffers()}
         number = self.ranks.rank * self.accumulation + index
         seed = hash64(self.config.train.seed, step, number) % 2**63
         generator = torch.Generator(self.ranks.device).manual_seed(seed)
@@ -177,6 +181,17 @@ class Engine:
     def micro_step(self) -> None:
         """After each `forward_backward`: the optimizer steps at the last micro-batch of a step."""
         self.deepspeed.step()
+
+    def skip_step(self) -> None:
+        """End a step in place of the last `micro_step`: its gradients and statistics are dropped. On every rank."""
+        attributes = vars(self.torch_optimizer)
+        attributes["step"] = lambda *_, **__: None  # whatever DeepSpeed does around it goes on
+        try:
+            self.deepspeed.step()
+        finally:
+            del attributes["step"]
+        for name, buffer in self.step_module.network.named_buffers():
+            buffer.copy_(self.statistics[name])
 
     def set_rate(self, rate: float) -> None:
         """Learning rate of the coming optimizer step; the decoders' is `optim.decoder_lr` times that."""

@@ -39,7 +39,7 @@ class StepLog:
     def __init__(self, *, total: int, first: int, batch: int, every: int, ranks: Ranks) -> None:
         self._total, self._batch, self._every, self._ranks = total, batch, every, ranks
         self._sums: dict[str, float] = {}
-        self._count = 0
+        self._count = self._finite = 0
         self._waited = 0.0
         self._since = time.perf_counter()
         self._pace: float | None = None
@@ -51,19 +51,20 @@ class StepLog:
 
         Args:
             step: steps done, this one included.
-            scalars: the objective's named values.
+            scalars: the objective's named values; none of a skipped step, which counts for the speed alone.
             rate: learning rate of this step.
             waited: seconds that the loop has waited for data since the start.
         """
         for name, value in scalars.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1
+        self._finite += bool(scalars)
         if self._bar is not None:
             self._bar.update()
         if step % self._every and step != self._total:
             return None
         elapsed = time.perf_counter() - self._since
-        values = {name: value / self._count for name, value in self._sums.items()}
+        values = {name: value / self._finite for name, value in self._sums.items()}
         values |= {
             "lr": rate,
             "step_seconds": elapsed / self._count,
@@ -75,7 +76,7 @@ class StepLog:
         own = values["step_seconds"]
         self._pace = own if self._pace is None else 0.7 * self._pace + 0.3 * own
         self._write(step, values)
-        self._sums, self._count, self._waited, self._since = {}, 0, waited, time.perf_counter()
+        self._sums, self._count, self._finite, self._waited, self._since = {}, 0, 0, waited, time.perf_counter()
         return values
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:

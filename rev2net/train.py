@@ -64,7 +64,7 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
 
     Raises:
         UserError: the configuration does not fit the data, the ranks or the checkpoint.
-        NonFiniteLossError: a loss became NaN or infinite.
+        NonFiniteLossError: a loss was NaN or infinite several steps in a row.
         OSError: a checkpoint could not be written.
     """
     done = _finished(config)
@@ -88,8 +88,12 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
         return run.finish(stopped)
 
 
+MAX_SKIPPED = 3
+"""Steps in a row without a finite loss that end the run."""
+
+
 class NonFiniteLossError(RuntimeError):
-    """A loss became NaN or infinite; the message names the ranks and the samples."""
+    """Losses were NaN or infinite `MAX_SKIPPED` steps in a row; the message names the ranks and the samples."""
 
 
 class TrainingRun:
@@ -111,6 +115,8 @@ class TrainingRun:
         resumed = self.ranks.broadcast(checkpoint.latest(self.folder) if self.ranks.first else None)
         self.engine, state = self._start_engine(resumed)
         self.step: int = state.step if state else 0
+        self.skipped: int = state.skipped if state else 0
+        self._skipped_in_a_row = 0
         self.tracker = Tracker(config, active=self.ranks.first, run_id=state.run_id if state else None)
         self.run_id = self.ranks.broadcast(self.tracker.run_id)
         self.loader = self._train_loader()
@@ -141,7 +147,8 @@ class TrainingRun:
         if state.world_size == self.ranks.world_size:
             checkpoint.load_own_buffers(network, resumed, self.ranks)
         engine = build_engine(self.config, self.ranks, network)
-        checkpoint.restore_optimizer(engine, checkpoint.read_tensors(resumed, "optimizer"), state.step)
+        updates = state.step - state.skipped
+        checkpoint.restore_optimizer(engine, checkpoint.read_tensors(resumed, "optimizer"), updates)
         return engine, state
 
     def _train_loader(self) -> TrainLoader:
@@ -187,7 +194,11 @@ class TrainingRun:
             log.info("going on from %s at step %d", resumed, self.step)
 
     def train_step(self, stop: bool) -> tuple[dict[str, float], bool]:
-        """One optimizer step. Returns the scalars averaged over the global batch, and if any rank wants to stop."""
+        """One optimizer step, or none where the loss is not finite.
+
+        Returns:
+            The scalars averaged over the global batch (empty for a skipped step), and if any rank wants to stop.
+        """
         self.engine.set_rate(self.schedule.rate(self.step))
         self.engine.set_ddp_low(growing(self.step, self.ddp_low_from))
         sums: dict[str, Tensor] = {}
@@ -197,31 +208,46 @@ class TrainingRun:
             keys += batch.keys
             for name, value in self.engine.forward_backward(batch, self.step, index).items():
                 sums[name] = sums.get(name, 0.0) + value / self.accumulation
-            if index == self.accumulation - 1:
-                scalars, stopped = self._agree(sums, stop, keys)
-            self.engine.micro_step()
-        self.step += 1
-        self.profile.step(self.step)
-        return scalars, stopped
-
-    def _agree(self, sums: dict[str, Tensor], stop: bool, keys: list[str]) -> tuple[dict[str, float], bool]:
-        """Average the scalars and spread the wish to stop, in one collective, before the optimizer steps."""
+            if index < self.accumulation - 1:
+                self.engine.micro_step()
+        # Averaged scalars and the wish to stop, in one collective, before the optimizer steps.
         own = torch.stack([*sums.values(), torch.tensor(float(stop), device=self.ranks.device)])
         *values, stops = self.ranks.mean(own.clone()).tolist()
-        if not all(map(math.isfinite, values)):
-            reports = self.ranks.gather((own.isfinite().all().item(), keys))
-            bad = "; ".join(f"rank {r} (clips {', '.join(k)})" for r, (fine, k) in enumerate(reports) if not fine)
-            raise NonFiniteLossError(
-                f"the loss of step {self.step + 1} is not finite on {bad}; the weights were not changed, the last "
-                f"checkpoint is {checkpoint.latest(self.folder)}"
-            )
-        return dict(zip(sums, values, strict=True)), stops > 0
+        finite = all(map(math.isfinite, values))  # on all ranks alike: a sum with one NaN is NaN
+        if finite:
+            self.engine.micro_step()
+            self._skipped_in_a_row = 0
+        else:
+            self._skip(bool(own.isfinite().all()), keys)
+        self.step += 1
+        self.profile.step(self.step)
+        return dict(zip(sums, values, strict=True)) if finite else {}, stops > 0
+
+    def _skip(self, fine: bool, keys: list[str]) -> None:
+        """Leave the weights as they are and say whose clips it was; the third time in a row ends the run."""
+        self.engine.skip_step()
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        reports = self.ranks.gather((fine, keys))
+        bad = "; ".join(f"rank {r} (clips {', '.join(k)})" for r, (own, k) in enumerate(reports) if not own)
+        if self._skipped_in_a_row < MAX_SKIPPED:
+            log.warning("step %d is skipped: its loss is not finite on %s", self.step + 1, bad)
+            return
+        last = self.step + 1
+        self.step = last - MAX_SKIPPED  # nothing has changed since
+        self.skipped -= MAX_SKIPPED
+        self.save()
+        raise NonFiniteLossError(
+            f"the loss was not finite {MAX_SKIPPED} steps in a row, at step {last} on {bad}; the state before them is "
+            f"saved in {checkpoint.latest(self.folder)}: look at these clips, or lower optim.lr, and run the same "
+            "command again"
+        )
 
     def report(self, scalars: dict[str, float]) -> None:
         """Log line and MLflow metrics, every `train.log_every` steps, averaged over them."""
         line = self.log.add(self.step, scalars, self.schedule.rate(self.step - 1), self.loader.wait_seconds)
         if line is not None:
-            self.tracker.metrics(line, self.step)
+            self.tracker.metrics({**line, "skipped_steps": self.skipped}, self.step)
 
     def due(self, every: str | int) -> bool:
         """True at the steps that are multiples of a duration."""
@@ -235,6 +261,7 @@ class TrainingRun:
             classes=self.data.classes,
             world_size=self.ranks.world_size,
             config=self.config.model_dump(mode="json"),
+            skipped=self.skipped,
         )
         path = checkpoint.save(self.engine, self.folder, state, self.config.train.keep_checkpoints)
         log.info("saved %s", path)

@@ -32,6 +32,7 @@ def environment() -> dict[str, str]:
     """The environment of a child process: this interpreter's commands first, one thread, no GPU."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     env |= {"PATH": f"{BIN}:{env['PATH']}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    env["PYTHONPATH"] = str(ROOT / "tests")  # for the scripts that the tests start
     env.pop("MLFLOW_TRACKING_URI", None)
     return env
 

@@ -1,0 +1,94 @@
+"""Run under torchrun: clips of NaN on the last rank, one step's and then three steps', under every ZeRO stage.
+
+Arguments: data folder, output folder. Rank 0 writes one JSON line per stage.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import TINY
+
+from dataloaders.batch import ClipBatch
+from rev2net import checkpoint
+from rev2net.config import load_config
+from rev2net.train import NonFiniteLossError, TrainingRun
+
+BAD = (2, 4, 5, 6)
+"""Steps, counted from 1, whose clips are NaN on the last rank."""
+
+
+class Poisoned:
+    """A batch whose clips are NaN once they are on the device."""
+
+    def __init__(self, batch: ClipBatch) -> None:
+        self._batch = batch
+        self.keys = batch.keys
+
+    def to(self, *args: Any, **named: Any) -> ClipBatch:
+        """As of `ClipBatch`."""
+        ready = self._batch.to(*args, **named)
+        return replace(ready, video=torch.full_like(ready.video, torch.nan))
+
+
+def poisoned(run: TrainingRun) -> Iterator[Any]:
+    """The run's batches, some of them poisoned."""
+    for number, batch in enumerate(run.loader):
+        step = number // run.accumulation + 1
+        yield Poisoned(batch) if run.ranks.rank == run.ranks.world_size - 1 and step in BAD else batch
+
+
+def state(run: TrainingRun) -> dict[str, torch.Tensor]:
+    """Everything that a step changes."""
+    return (
+        checkpoint.gather_weights(run.engine)
+        | checkpoint.gather_optimizer(run.engine)
+        | checkpoint.gather_buffers(run.engine)
+    )
+
+
+def main() -> None:
+    """All stages, one after the other, in this process group."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    data, output = sys.argv[1:]
+    for stage in range(4):
+        words = [f"data.path={data}", f"output={output}/zero{stage}", f"train.zero_stage={stage}"]
+        run = TrainingRun(load_config("configs/demo.yaml", [*TINY, *words, "tracking.enabled=false"]))
+        run._batches = poisoned(run)
+        found: list[Any] = []
+        before = state(run)
+        message = ""
+        try:
+            while run.step < 8:
+                scalars, _ = run.train_step(False)
+                after = state(run)
+                same = all(before[name].equal(after[name]) for name in before)
+                finite = all(bool(tensor.isfinite().all()) for tensor in after.values())
+                found.append((run.step, bool(scalars), same, finite))
+                before = after
+        except NonFiniteLossError as error:
+            message = str(error)
+        saved = checkpoint.latest(run.folder)
+        assert saved is not None
+        kept = checkpoint.read_tensors(saved, "weights") | checkpoint.read_tensors(saved, "optimizer")
+        whole = all(kept[name].equal(before[name]) for name in kept)
+        resumed = TrainingRun(run.config)
+        updates = {float(s["step"]) for s in resumed.engine.torch_optimizer.state.values()}
+        run.loader.close()
+        resumed.loader.close()
+        if run.ranks.first:
+            row = {"steps": found, "message": message, "saved": saved.name, "whole": whole}
+            row |= {"resumed": (resumed.step, resumed.skipped, sorted(updates))}
+            with Path(output, "stages.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
