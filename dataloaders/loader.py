@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,12 +24,6 @@ from dataloaders.samples import Samples
 from dataloaders.shards import DataSet, SampleInfo
 
 log = logging.getLogger(__name__)
-
-BAD_WINDOW = 1000
-"""Samples over which the share of bad ones is taken."""
-
-BAD_LEAST = 5
-"""Fewer bad samples than this never stop a run."""
 
 _REPLACEMENT_TRIES = 20
 
@@ -68,15 +61,14 @@ class TrainLoader:
         pipelines_per_gpu: DALI pipelines, taking turns (one pipeline feeds one NVDEC unit).
         with_flow: also decode the flow.
         slices: S of the order; the global batch by default.
-        max_bad: share of the last 1,000 samples that may fail (and at least 5 must) before the run is stopped.
 
     Attributes:
-        failures: (key, reason) of every sample that was replaced so far.
+        failures: (key, reason) of every sample that was replaced so far, in batches that were handed out.
         steps_per_epoch: not a whole number in general, since batches straddle epochs.
 
     Raises:
         UserError: batches that do not divide, a split or flow that is not there, a backend that cannot decode it.
-        RuntimeError: while iterating, when too many samples fail.
+        RuntimeError: while iterating, when no replacement can be decoded either.
     """
 
     def __init__(
@@ -99,7 +91,6 @@ class TrainLoader:
         with_flow: bool = False,
         start_step: int = 0,
         slices: int | None = None,
-        max_bad: float = 0.01,
     ) -> None:
         _check_batches(global_batch, micro_batch, world_size)
         self._source = Samples(dataset, split, with_flow=with_flow)
@@ -124,8 +115,6 @@ class TrainLoader:
             with_flow=with_flow,
         )
         self._ahead = Ahead(self._lanes, self._load, self._tasks(start_step), max(prefetch, len(self._lanes)))
-        self._max_bad = max_bad
-        self._recent: deque[int] = deque(maxlen=BAD_WINDOW)
         self.failures: list[tuple[str, str]] = []
         self.num_samples = self._order.num_samples
         self.steps_per_epoch = self.num_samples / global_batch
@@ -141,7 +130,7 @@ class TrainLoader:
 
     def __next__(self) -> ClipBatch:
         loaded = next(self._ahead)
-        self._account(loaded)
+        self.failures += loaded.failures
         return loaded.finish(self._device)
 
     def requests(self, positions: Iterable[int]) -> list[ClipRequest]:
@@ -226,18 +215,6 @@ class TrainLoader:
                 f"{attempt} samples in a row cannot be decoded, the last is {error}; run `rev2net verify`"
             ) from error
         return attempt + 1
-
-    def _account(self, loaded: _Loaded) -> None:
-        self.failures += loaded.failures
-        self._recent.extend([1] * len(loaded.failures) + [0] * len(loaded.requests))
-        bad = sum(self._recent)
-        if loaded.failures and bad >= BAD_LEAST and bad > self._max_bad * len(self._recent):
-            key, reason = loaded.failures[-1]
-            self.close()
-            raise RuntimeError(
-                f"{bad} of the last {len(self._recent)} samples cannot be decoded, more than the allowed share of "
-                f"{self._max_bad:.2%} (loader.max_bad); the last is {key} ({reason}); run `rev2net verify`"
-            )
 
 
 class EvalLoader:

@@ -45,6 +45,7 @@ class RunState:
         world_size: number of ranks that wrote the checkpoint.
         config: the configuration that it was written under.
         skipped: how many of the steps did not change the weights, because their loss was not finite.
+        replaced: how many clips could not be decoded so far.
     """
 
     step: int
@@ -53,6 +54,7 @@ class RunState:
     world_size: int
     config: dict[str, Any]
     skipped: int = 0
+    replaced: int = 0
 
 
 def _float_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -56,6 +56,9 @@ class LoaderConfig(Section):
     workers: int = Field(2, gt=0, description="decoding threads of a rank")
     prefetch: int = Field(4, gt=0, description="micro-batches decoded ahead")
     pipelines_per_gpu: int = Field(1, gt=0, description="DALI pipelines of a rank (one feeds one NVDEC unit)")
+    max_bad: float = Field(
+        0.01, ge=0, le=1, description="share of the last 1,000 clips that may fail to decode; 4 always may"
+    )
 
 
 class ModelConfig(Section):

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dataloaders.bad_clips import BadClips
 from dataloaders.batch import ClipBatch
 from dataloaders.errors import UserError
 from dataloaders.keyed import hash64
@@ -65,6 +66,7 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
     Raises:
         UserError: the configuration does not fit the data, the ranks or the checkpoint.
         NonFiniteLossError: a loss was NaN or infinite several steps in a row.
+        RuntimeError: too many clips cannot be decoded.
         OSError: a checkpoint could not be written.
     """
     done = _finished(config)
@@ -117,6 +119,9 @@ class TrainingRun:
         self.step: int = state.step if state else 0
         self.skipped: int = state.skipped if state else 0
         self._skipped_in_a_row = 0
+        self.replaced: int = state.replaced if state else 0
+        self._bad_clips = BadClips(config.loader.max_bad)
+        self._own_failures = 0
         self.tracker = Tracker(config, active=self.ranks.first, run_id=state.run_id if state else None)
         self.run_id = self.ranks.broadcast(self.tracker.run_id)
         self.loader = self._train_loader()
@@ -210,9 +215,13 @@ class TrainingRun:
                 sums[name] = sums.get(name, 0.0) + value / self.accumulation
             if index < self.accumulation - 1:
                 self.engine.micro_step()
-        # Averaged scalars and the wish to stop, in one collective, before the optimizer steps.
-        own = torch.stack([*sums.values(), torch.tensor(float(stop), device=self.ranks.device)])
-        *values, stops = self.ranks.mean(own.clone()).tolist()
+        # Averaged scalars, the wish to stop and the replaced clips, in one collective, before the optimizer steps.
+        failures = len(self.loader.failures) - self._own_failures
+        self._own_failures += failures
+        counts = torch.tensor([float(stop), failures], device=self.ranks.device)
+        own = torch.stack([*sums.values(), *counts])
+        *values, stops, replaced = self.ranks.mean(own.clone()).tolist()
+        self._count_replaced(round(replaced * self.ranks.world_size))
         finite = all(map(math.isfinite, values))  # on all ranks alike: a sum with one NaN is NaN
         if finite:
             self.engine.micro_step()
@@ -222,6 +231,11 @@ class TrainingRun:
         self.step += 1
         self.profile.step(self.step)
         return dict(zip(sums, values, strict=True)) if finite else {}, stops > 0
+
+    def _count_replaced(self, clips: int) -> None:
+        """On all ranks alike: too many end the run on each of them."""
+        self.replaced += clips
+        self._bad_clips.add(clips, self.config.train.global_batch)
 
     def _skip(self, fine: bool, keys: list[str]) -> None:
         """Leave the weights as they are and say whose clips it was; the third time in a row ends the run."""
@@ -247,7 +261,8 @@ class TrainingRun:
         """Log line and MLflow metrics, every `train.log_every` steps, averaged over them."""
         line = self.log.add(self.step, scalars, self.schedule.rate(self.step - 1), self.loader.wait_seconds)
         if line is not None:
-            self.tracker.metrics({**line, "skipped_steps": self.skipped}, self.step)
+            counts = {"skipped_steps": self.skipped, "replaced_clips": self.replaced}
+            self.tracker.metrics({**line, **counts}, self.step)
 
     def due(self, every: str | int) -> bool:
         """True at the steps that are multiples of a duration."""
@@ -262,6 +277,7 @@ class TrainingRun:
             world_size=self.ranks.world_size,
             config=self.config.model_dump(mode="json"),
             skipped=self.skipped,
+            replaced=self.replaced,
         )
         path = checkpoint.save(self.engine, self.folder, state, self.config.train.keep_checkpoints)
         log.info("saved %s", path)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_data import make_dataset
 
+from dataloaders.bad_clips import BadClips
 from dataloaders.batch import ClipBatch
 from dataloaders.bench import add_bench_arguments, run_bench
 from dataloaders.errors import UserError
@@ -128,7 +129,7 @@ def test_without_augmentation_the_crop_is_the_largest(dataset: DataSet) -> None:
 @pytest.mark.parametrize("backend", ["pyav", "dali"])
 def test_p8_a_bad_training_sample_is_replaced_by_its_position_alone(tmp_path: Path, backend: str) -> None:
     broken = make_dataset(tmp_path, broken={3, 7})
-    settings: dict[str, Any] = {"backend": backend, "max_bad": 1.0}
+    settings: dict[str, Any] = {"backend": backend}
     loader = train(broken, **settings)
     batches = take(loader, 6)
     samples = [sample for batch in batches for sample in batch.sample.tolist()]
@@ -139,18 +140,26 @@ def test_p8_a_bad_training_sample_is_replaced_by_its_position_alone(tmp_path: Pa
     assert [int(batch.sample) for batch in take(other, 12)] == samples[12:]
 
 
-def test_p8_too_many_bad_samples_stop_the_run_with_a_clear_error(tmp_path: Path) -> None:
-    broken = make_dataset(tmp_path, shard_sizes=(12,), broken={1, 4, 5, 6})
-    message = r"of the last \d+ samples cannot be decoded.*verify"
-    with train(broken) as loader, pytest.raises(RuntimeError, match=message):
-        for _ in range(30):
-            next(loader)
-    assert 5 <= len(loader.failures) < 15
-
-
-def test_p8_few_bad_samples_never_stop_a_run(tmp_path: Path) -> None:
-    broken = make_dataset(tmp_path, broken={2})
-    assert len(take(train(broken), 9)) == 9
+def test_p8_too_many_bad_clips_of_the_last_thousand_end_a_run_and_few_never_do() -> None:
+    few = BadClips(0.01)
+    for _ in range(4):
+        few.add(1, 1)  # 4 of 4
+    with pytest.raises(RuntimeError, match=r"5 of the last 5 clips cannot be decoded.*loader\.max_bad=0\.01.*verify"):
+        few.add(1, 1)
+    many = BadClips(0.01)
+    for step in range(1000):
+        many.add(int(step % 10 == 0), 16)  # 1 of 160: 6 or 7 of the last thousand or so
+    many.add(3, 16)
+    with pytest.raises(RuntimeError, match=r"1\d of the last 100\d clips"):
+        many.add(2, 16)
+    # What is longer ago than a thousand clips is forgotten.
+    forgiven = BadClips(0.01)
+    for _ in range(20):
+        forgiven.add(0, 50)
+    for _ in range(3):
+        forgiven.add(9, 50)
+        for _ in range(20):
+            forgiven.add(0, 50)
 
 
 @pytest.mark.parametrize("backend", ["pyav", "dali"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import BIN, TINY, Trained, run
 
 from dataloaders.errors import UserError
+from dataloaders.shards import DataSet, ShardReader
 from rev2net import checkpoint
 from rev2net.cli import main
 from rev2net.config import load_config
@@ -161,6 +163,27 @@ def test_p5_every_zero_stage_saves_restores_and_agrees(tiny_data: Path, tmp_path
     first = {case: [*losses["before"], losses["after"][0]] for case, losses in results.items()}
     for case in ("zero2-sgd-fp32", "zero3-sgd-fp32"):
         assert first[case] == pytest.approx(first["zero0-sgd-fp32"], rel=1e-5)
+
+
+def test_p8_replaced_clips_are_counted_and_too_many_end_the_run(tiny_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    (shard,) = DataSet.open(data).shards("train")
+    with ShardReader(shard.path) as reader, shard.path.open("r+b") as tar:
+        for name, offset, size in reader.components()[:6]:  # of two clips
+            if name.endswith(".mp4"):
+                tar.seek(offset)
+                tar.write(bytes(size))
+    words = [*TINY, f"data.path={data}", "train.threads=1", "train.micro_batch=8"]
+    with pytest.raises(RuntimeError, match=r"clips cannot be decoded, more than loader\.max_bad=0\.01 allows"):
+        train(load_config("configs/demo.yaml", [*words, f"output={tmp_path}/strict"]))
+    config = load_config("configs/demo.yaml", [*words, f"output={tmp_path}/lenient", "loader.max_bad=0.5"])
+    result = train(config)
+    assert result.finished
+    history = MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "replaced_clips")
+    # Three epochs, in each of which both are met, and perhaps met again as a replacement.
+    assert history[-1].value >= 6 and [m.value for m in history] == sorted(m.value for m in history)
+    assert checkpoint.read_state(Path(result.checkpoint)).replaced == history[-1].value
 
 
 def test_p9_a_step_without_a_finite_loss_is_skipped_and_three_in_a_row_end_the_run(
