@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -14,83 +15,76 @@ from types import TracebackType
 from typing import Any
 
 from rev2net.config import Config
+from rev2net.outbox import Outbox, Row
 
 log = logging.getLogger("rev2net")
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "nvidia-dali-cuda120", "webdataset", "mlflow", "av", "numba")
+
+RETRY_SECONDS = 5.0
+"""Between two tries of a server that does not answer."""
+
+PATIENCE_SECONDS = 60.0
+"""For a server that does not answer when the training has ended."""
 
 
 class Tracker:
     """The MLflow run of a training; on other ranks, or with tracking off, every method does nothing.
 
     Without `tracking.uri` and `MLFLOW_TRACKING_URI` the store is `mlflow.db` (SQLite) beside the output folder, so
-    that nothing has to be started. A resumed training goes on in the same run.
+    that nothing has to be started. A resumed training goes on in the same run, and what it logs of steps that the
+    run has already is dropped. A thread of its own talks to MLflow, from an outbox on disk: a server that is slow or
+    away costs the training nothing, and gets everything later, at the latest when the same command runs again.
+
+    Args:
+        config: the experiment.
+        active: whether this process is the one that logs.
+        resumed: the training goes on from a checkpoint.
+        run_id: the run that the checkpoint was in, where the output folder does not know it.
     """
 
-    def __init__(self, config: Config, *, active: bool, run_id: str | None) -> None:
-        self.run_id: str | None = None
+    def __init__(self, config: Config, *, active: bool, resumed: bool = False, run_id: str | None = None) -> None:
         self.uri = tracking_uri(config)
+        self._config = config
+        self._active = active and config.tracking.enabled
         self._client: Any = None
-        if not active or not config.tracking.enabled:
+        self._closing = self._given_up = False
+        self._patience = PATIENCE_SECONDS
+        self._changed = threading.Condition()
+        self._last: dict[str, int] = {}
+        self.run_id = run_id
+        if not self._active:
             return
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        from mlflow.tracking import MlflowClient  # seconds to import, and only rank 0 needs it
-
-        self._client = MlflowClient(self.uri)
-        self.run_id = run_id if run_id is not None and self._has(run_id) else self._create(config)
-        self._client.update_run(self.run_id, status="RUNNING")
-
-    def _has(self, run_id: str) -> bool:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.get_run(run_id)
-        except MlflowException:
-            log.warning("%s does not know the run %s that the checkpoint was in: a new run is made", self.uri, run_id)
-            return False
-        return True
-
-    def _create(self, config: Config) -> str:
-        name = config.tracking.experiment
-        found = self._client.get_experiment_by_name(name)
-        if found is not None:
-            experiment = found.experiment_id
-        else:
-            # A file store keeps artifacts beside it; a server chooses its own place.
-            local = self.uri.startswith("sqlite:///")
-            folder = Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts"
-            experiment = self._client.create_experiment(name, folder.as_uri() if local else None)
-        run_name = config.tracking.run_name or Path(config.output).name
-        run = self._client.create_run(experiment, run_name=run_name, tags=_environment())
-        self._log_params(run.info.run_id, config)
-        self._client.log_text(run.info.run_id, config.yaml(), "config.yaml")
-        return str(run.info.run_id)
-
-    def _log_params(self, run_id: str, config: Config) -> None:
-        from mlflow.entities import Param
-
-        params = [Param(key, value[:500]) for key, value in config.flat().items()]
-        self._client.log_batch(run_id, params=params)
+        self._outbox = Outbox(Path(config.output), fresh=not resumed)
+        if self._outbox.run is not None:
+            uri, known = self._outbox.run
+            self.run_id = known if uri == self.uri else None
+        for row in self._outbox.rows:
+            self._last |= dict.fromkeys(row.get("values", ()), row.get("step", 0))
+        self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
+        self._thread.start()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log scalars of one step."""
-        if self._client is None:
+        """Log scalars of one step; those that were logged for this step before a resume are dropped."""
+        new = {name: float(value) for name, value in values.items() if self._last.get(name, -1) < step}
+        self._last |= dict.fromkeys(new, step)
+        if new:
+            self._put({"step": step, "time": int(time.time() * 1000), "values": new})
+
+    def figure(self, figure: Any, name: str) -> None:
+        """Save a matplotlib figure in the run's folder, and log it."""
+        if self._active:
+            figure.savefig(Path(self._config.output) / name)
+            self._put({"file": name})
+
+    def flush(self) -> None:
+        """Wait until everything has arrived, in all (`close` included) for at most `PATIENCE_SECONDS`."""
+        if not self._active:
             return
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self._client.log_batch(self.run_id, [Metric(name, float(v), now, step) for name, v in values.items()])
-
-    def figure(self, figure: Any, file: str) -> None:
-        """Log a matplotlib figure as a picture."""
-        if self._client is not None:
-            self._client.log_figure(self.run_id, figure, file)
-
-    def text(self, text: str, file: str) -> None:
-        """Log a text file."""
-        if self._client is not None:
-            self._client.log_text(self.run_id, text, file)
+        begin = time.monotonic()
+        with self._changed:
+            self._changed.wait_for(lambda: not len(self._outbox), self._patience)
+        self._patience = max(0.0, self._patience - (time.monotonic() - begin))
 
     def __enter__(self) -> Tracker:
         return self
@@ -99,8 +93,124 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the run: FINISHED, or FAILED where an exception passes."""
-        if self._client is not None:
-            self._client.set_terminated(self.run_id, "FINISHED" if kind is None else "FAILED")
+        self._put({"status": "FINISHED" if kind is None else "FAILED"})
+        self.close()
+
+    def close(self) -> None:
+        """Deliver what is left; what does not arrive in time stays in the outbox."""
+        if not self._active:
+            return
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(self._patience)
+        self._given_up = True
+        if len(self._outbox):
+            log.warning(
+                "%d entries for MLflow could not be delivered to %s; they are kept in %s, and the same command "
+                "delivers them once the server is back",
+                len(self._outbox),
+                self.uri,
+                self._config.output,
+            )
+
+    def _put(self, row: Row) -> None:
+        if not self._active:
+            return
+        try:
+            self._outbox.append(row)
+        except OSError as error:
+            log.warning("an entry for MLflow is lost: %s", error)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _deliver(self) -> None:
+        away = False
+        while not self._given_up:
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._outbox) or self._closing)
+            if not len(self._outbox):
+                return
+            try:
+                if self._client is None:
+                    self._client = self._connect()
+                self._send(self._outbox.first())
+                self._outbox.arrived()
+            except Exception as error:
+                if not away:
+                    log.warning("MLflow at %s does not answer, training goes on: %s", self.uri, _first_line(error))
+                away = True
+                time.sleep(RETRY_SECONDS)
+                continue
+            if away:
+                log.info("MLflow at %s answers again", self.uri)
+            away = False
+            with self._changed:
+                self._changed.notify_all()
+
+    def _send(self, row: Row) -> None:
+        from mlflow.entities import Metric
+
+        if "status" in row:
+            if len(self._outbox) == 1:  # else it is that of an earlier start
+                self._client.set_terminated(self.run_id, row["status"])
+        elif "file" in row:
+            self._client.log_artifact(self.run_id, str(Path(self._config.output) / row["file"]))
+        else:
+            values = [Metric(name, value, row["time"], row["step"]) for name, value in row["values"].items()]
+            self._client.log_batch(self.run_id, values)
+
+    def _connect(self) -> Any:
+        """Find the run or make it; MLflow's client."""
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        # MLflow's own patience is minutes; this thread has its own.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it tells of every retry
+        from mlflow.tracking import MlflowClient  # seconds to import, and only rank 0 needs it
+
+        client = MlflowClient(self.uri)
+        if self.run_id is None or not self._has(client, self.run_id):
+            self.run_id = self._create(client)
+        client.update_run(self.run_id, status="RUNNING")
+        self._outbox.address(self.uri, self.run_id)
+        return client
+
+    def _has(self, client: Any, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if client.get_run(run_id).info.lifecycle_stage == "active":
+                return True
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        log.warning("%s does not know the run %s, or it was deleted: a new one is made", self.uri, run_id)
+        return False
+
+    def _create(self, client: Any) -> str:
+        from mlflow.entities import Param
+
+        config = self._config
+        found = client.get_experiment_by_name(config.tracking.experiment)
+        if found is not None:
+            experiment = found.experiment_id
+        else:
+            # A file store keeps artifacts beside it; a server chooses its own place.
+            local = self.uri.startswith("sqlite:///")
+            folder = Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts"
+            experiment = client.create_experiment(config.tracking.experiment, folder.as_uri() if local else None)
+        name = config.tracking.run_name or Path(config.output).name
+        run_id = str(client.create_run(experiment, run_name=name, tags=_environment()).info.run_id)
+        client.log_batch(run_id, params=[Param(key, value[:500]) for key, value in config.flat().items()])
+        client.log_text(run_id, config.yaml(), "config.yaml")
+        return run_id
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def tracking_uri(config: Config) -> str:

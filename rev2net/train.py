@@ -44,7 +44,7 @@ class TrainResult:
         finished: False where a stop was requested before the end.
         metrics: accuracy and decoder errors on the validation split (`val/...`); empty if not finished.
         checkpoint: the last checkpoint.
-        run_id: the MLflow run, or None.
+        run_id: the MLflow run, or None (tracking is off, or its server was away all the time).
         tracking_uri: where that run is kept.
     """
 
@@ -74,6 +74,7 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
         log.info(
             "%s is complete (step %d): nothing to do; choose another output= to train again", config.output, done.step
         )
+        Tracker(config, active=read_ranks().first, resumed=True, run_id=done.run_id).close()  # what is left to deliver
         return done
     run = TrainingRun(config)
     with ExitStack() as stack:
@@ -122,8 +123,12 @@ class TrainingRun:
         self.replaced: int = state.replaced if state else 0
         self._bad_clips = BadClips(config.loader.max_bad)
         self._own_failures = 0
-        self.tracker = Tracker(config, active=self.ranks.first, run_id=state.run_id if state else None)
-        self.run_id = self.ranks.broadcast(self.tracker.run_id)
+        self.tracker = Tracker(
+            config,
+            active=self.ranks.first,
+            resumed=state is not None,
+            run_id=state.run_id if state else None,
+        )
         self.loader = self._train_loader()
         self._batches: Iterator[ClipBatch] = iter(self.loader)
         self.log = StepLog(
@@ -272,7 +277,7 @@ class TrainingRun:
         """Write a checkpoint. A collective."""
         state = checkpoint.RunState(
             step=self.step,
-            run_id=self.run_id,
+            run_id=self.tracker.run_id,
             classes=self.data.classes,
             world_size=self.ranks.world_size,
             config=self.config.model_dump(mode="json"),
@@ -306,7 +311,6 @@ class TrainingRun:
         title = f"step {self.step}: top-1 {accuracy.top1:.1%} of {accuracy.videos} videos"
         figure = pictures.confusion_matrix(accuracy.confusion, self.data.classes, title)
         self.tracker.figure(figure, "confusion_matrix.png")
-        figure.savefig(Path(self.config.output) / "confusion_matrix.png")
         if self.config.decoders:
             alone = Ranks(rank=0, world_size=1, local_rank=0, device=self.ranks.device)
             loader = eval_loader(self.data, self.config, alone, "1x1", with_flow="flow" in self.config.decoders)
@@ -314,19 +318,20 @@ class TrainingRun:
             loader.close()
             figure = pictures.decoders(network, batch, f"step {self.step}: {batch.keys[0]}")
             self.tracker.figure(figure, "decoders.png")
-            figure.savefig(Path(self.config.output) / "decoders.png")
 
     def finish(self, stopped: bool) -> TrainResult:
         """Evaluate if the run is complete, and write `result.json`."""
         self.profile.close()
         self.log.close()
         finished = self.step >= self.total
+        values = self.evaluate() if finished else {}
+        self.tracker.flush()
         result = TrainResult(
             step=self.step,
             finished=finished,
-            metrics=self.evaluate() if finished else {},
+            metrics=values,
             checkpoint=str(checkpoint.latest(self.folder)),
-            run_id=self.run_id,
+            run_id=self.ranks.broadcast(self.tracker.run_id),
             tracking_uri=self.tracker.uri,
         )
         if stopped and not finished:

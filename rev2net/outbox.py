@@ -1,0 +1,89 @@
+"""What is to be told to the tracking server, kept on disk until it has been: no absence and no kill loses any."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dataloaders.shards import write_atomically
+
+Row = Mapping[str, Any]
+
+
+class Outbox:
+    """Rows in order, and how many of them have arrived. One thread appends, one other calls the rest.
+
+    Args:
+        folder: of the run; the rows are in `outbox.jsonl`, their count and whose they are in `outbox.json`.
+        fresh: forget what an earlier run left there.
+    """
+
+    def __init__(self, folder: Path, *, fresh: bool) -> None:
+        self._file, self._mark = folder / "outbox.jsonl", folder / "outbox.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            self._file.unlink(missing_ok=True)
+            self._mark.unlink(missing_ok=True)
+        self._lock = threading.Lock()
+        self._rows = self._read()
+        state = json.loads(self._mark.read_text()) if self._mark.exists() else {}
+        self.run: tuple[str, str] | None = tuple(state["run"]) if state.get("run") else None
+        self._arrived: int = state.get("arrived", 0)
+        self._pending = deque(self._rows[self._arrived :])
+
+    def _read(self) -> list[Row]:
+        if not self._file.exists():
+            return []
+        data = self._file.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):  # a kill cut the last row off
+            self._file.write_bytes(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, those that have arrived included."""
+        return self._rows
+
+    def __len__(self) -> int:
+        """Rows that have not arrived."""
+        return len(self._pending)
+
+    def append(self, row: Row) -> None:
+        """Keep a row; OSError where the disk does not take it, and the row is lost."""
+        size = self._file.stat().st_size if self._file.exists() else 0
+        try:
+            with self._file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError:
+            os.truncate(self._file, size)
+            raise
+        with self._lock:
+            self._rows.append(row)
+            self._pending.append(row)
+
+    def first(self) -> Row:
+        """The oldest row that has not arrived; IndexError where all have."""
+        return self._pending[0]
+
+    def arrived(self) -> None:
+        """The first row has arrived."""
+        self._pending.popleft()
+        self._arrived += 1
+        self._write_mark()
+
+    def address(self, uri: str, run_id: str) -> None:
+        """The run that the rows go to; all of them, where it is another one than before."""
+        if self.run != (uri, run_id):
+            self.run, self._arrived = (uri, run_id), 0
+            with self._lock:
+                self._pending = deque(self._rows)
+            self._write_mark()
+
+    def _write_mark(self) -> None:
+        write_atomically(self._mark, json.dumps({"run": self.run, "arrived": self._arrived}).encode())

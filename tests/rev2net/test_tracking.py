@@ -1,0 +1,135 @@
+"""The tracker against real MLflow stores: a server that is away, comes back, changes; kills and resumes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from tiny import environment, free_port
+
+from rev2net import tracking
+from rev2net.config import Config, load_config
+from rev2net.tracking import Tracker
+
+
+def configuration(folder: Path, uri: str | None = None) -> Config:
+    words = [f"output={folder}/run", "data.path=nowhere"]
+    return load_config("configs/demo.yaml", words if uri is None else [*words, f"tracking.uri={uri}"])
+
+
+def history(uri: str, name: str = "x") -> list[list[tuple[int, float]]]:
+    """Step and value of a metric, for every run of the store."""
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name("rev2net")
+    runs = client.search_runs([found.experiment_id]) if found else []
+    return [[(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] for run in runs]
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[None]:
+    """A real MLflow server."""
+    words = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    words += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--default-artifact-root", f"{folder}/artifacts"]
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, env=environment())
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "server.log").read_text()[-2000:]
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                    break
+            except OSError:
+                time.sleep(0.2)
+        yield
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def test_p11_what_a_server_missed_arrives_once_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 3.0)
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    config = configuration(tmp_path, uri)
+    begin = time.monotonic()
+    with Tracker(config, active=True) as tracker:
+        for step in (1, 2, 3):
+            tracker.metrics({"x": step / 2}, step)
+        called = time.monotonic() - begin
+    assert called < 1.0, "logging waited for the server"
+    assert caplog.text.count("does not answer, training goes on") == 1
+    assert "4 entries for MLflow could not be delivered" in caplog.text
+    with server(tmp_path, port):
+        monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 60.0)
+        # As after a kill behind step 2: step 3 comes again, and is dropped.
+        with Tracker(config, active=True, resumed=True) as tracker:
+            for step in (3, 4):
+                tracker.metrics({"x": step / 2}, step)
+        assert history(uri) == [[(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]]
+        client = MlflowClient(uri)
+        assert tracker.run_id is not None
+        assert client.get_run(tracker.run_id).info.status == "FINISHED"
+        # Nothing is left, and nothing is sent a second time.
+        Tracker(config, active=True, resumed=True).close()
+        assert len(history(uri)[0]) == 4
+
+
+def test_p11_a_kill_loses_no_entry_and_a_torn_one_is_dropped(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, threading; from rev2net import tracking; from rev2net.config import load_config\n"
+        "tracking.Tracker._deliver = lambda self: None\n"  # killed before anything was delivered
+        "t = tracking.Tracker(load_config('configs/demo.yaml', sys.argv[1:]), active=True)\n"
+        "for step in (1, 2): t.metrics({'x': float(step)}, step)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    words = [f"output={tmp_path}/run", "data.path=nowhere"]
+    assert subprocess.run([sys.executable, "-c", code, *words], env=environment()).returncode == -9
+    with (tmp_path / "run" / "outbox.jsonl").open("a") as file:
+        file.write('{"step": 3, "val')
+    with Tracker(configuration(tmp_path), active=True, resumed=True) as tracker:
+        tracker.metrics({"x": 3.0}, 3)
+    assert history(tracker.uri) == [[(1, 1.0), (2, 2.0), (3, 3.0)]]
+
+
+def test_another_store_or_a_run_that_is_gone_gets_the_whole_history(tmp_path: Path) -> None:
+    with Tracker(configuration(tmp_path), active=True) as tracker:
+        tracker.metrics({"x": 1.0}, 1)
+    other = f"sqlite:///{tmp_path}/other.db"
+    with Tracker(configuration(tmp_path, other), active=True, resumed=True, run_id=tracker.run_id) as moved:
+        moved.metrics({"x": 2.0}, 2)
+    assert history(tracker.uri) == [[(1, 1.0)]] and history(other) == [[(1, 1.0), (2, 2.0)]]
+    MlflowClient(other).delete_run(moved.run_id)
+    with Tracker(configuration(tmp_path, other), active=True, resumed=True, run_id=moved.run_id) as back:
+        back.metrics({"x": 3.0}, 3)
+    assert history(other) == [[(1, 1.0), (2, 2.0), (3, 3.0)]]
+
+
+def test_a_new_training_in_the_same_folder_starts_an_empty_run(tmp_path: Path) -> None:
+    for _ in range(2):
+        with Tracker(configuration(tmp_path), active=True) as tracker:
+            tracker.metrics({"x": 1.0}, 1)
+    assert history(tracker.uri) == [[(1, 1.0)], [(1, 1.0)]]
+
+
+def test_a_disk_that_takes_no_entry_does_not_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Tracker(configuration(tmp_path), active=True) as tracker:
+        tracker.metrics({"x": 1.0}, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(tracking.Outbox, "append", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+            tracker.metrics({"x": 2.0}, 2)
+        tracker.metrics({"x": 3.0}, 3)
+    assert "an entry for MLflow is lost" in caplog.text
+    assert history(tracker.uri) == [[(1, 1.0), (3, 3.0)]]
