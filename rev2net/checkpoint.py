@@ -44,7 +44,8 @@ class RunState:
         classes: class names, in order of the logits.
         world_size: number of ranks that wrote the checkpoint.
         config: the configuration that it was written under.
-        skipped: how many of the steps did not change the weights, because their loss was not finite.
+        updates: updates that the optimizer has made; fewer than steps where some were skipped.
+        skipped: how many of the steps did not change the weights, because the loss or gradients were not finite.
         replaced: how many clips could not be decoded so far.
     """
 
@@ -53,6 +54,7 @@ class RunState:
     classes: tuple[str, ...]
     world_size: int
     config: dict[str, Any]
+    updates: int
     skipped: int = 0
     replaced: int = 0
 
@@ -134,8 +136,8 @@ def gather_buffers(engine: Engine) -> dict[str, Tensor]:
     }
 
 
-def save(engine: Engine, folder: Path, state: RunState, keep: int) -> Path:
-    """Write a checkpoint under `folder` and drop all but the last `keep`. A collective; rank 0 writes.
+def save(engine: Engine, folder: Path, state: RunState, keep: int | None) -> Path:
+    """Write a checkpoint under `folder` and drop all but the last `keep` (None: none). A collective; rank 0 writes.
 
     Raises:
         OSError: the disk is full or not writable. The previous checkpoint is untouched.
@@ -144,7 +146,7 @@ def save(engine: Engine, folder: Path, state: RunState, keep: int) -> Path:
     target = folder / f"step-{state.step:08d}"
     if engine.ranks.first:
         _write(target, weights, optimizer, buffers, state)
-        for old in checkpoints(folder)[:-keep]:
+        for old in checkpoints(folder)[:-keep] if keep else ():
             shutil.rmtree(old)
     engine.ranks.barrier()
     return target

@@ -181,12 +181,11 @@ class Config(Section):
                 f"loss.ddp={self.loss.ddp} compares two decoders, but this model has {len(decoders)}; "
                 "set loss.ddp=none or turn on model.flow_decoder and model.frame_decoder"
             )
-        if self.train.precision == "fp16" and self.train.zero_stage and self.optim.clip_grad_norm:
-            # DeepSpeed 0.19 clips such gradients before it takes the loss scale out of them.
+        if self.train.precision == "fp16" and self.train.zero_stage:
+            # DeepSpeed 0.19 never lowers its loss scale there: after the first overflow no step is applied any more.
             raise ValueError(
-                f"optim.clip_grad_norm={self.optim.clip_grad_norm} acts on scaled gradients under train.precision=fp16 "
-                f"with train.zero_stage={self.train.zero_stage}; use train.precision=bf16, train.zero_stage=0, "
-                "or optim.clip_grad_norm=0"
+                f"train.precision=fp16 does not work with train.zero_stage={self.train.zero_stage}; use "
+                "train.precision=bf16, which needs no loss scale, or train.zero_stage=0"
             )
         if self.train.global_batch % self.train.micro_batch:
             raise ValueError(

@@ -178,18 +178,45 @@ class Engine:
         self.deepspeed.backward(scalars["loss/total"])
         return {name: value.detach() for name, value in scalars.items()}
 
+    @property
+    def updates(self) -> int:
+        """Updates that AdamW has made (SGD does not count them: 0)."""
+        return max((int(s["step"]) for s in self.torch_optimizer.state.values() if "step" in s), default=0)
+
     def micro_step(self) -> None:
-        """After each `forward_backward`: the optimizer steps at the last micro-batch of a step."""
+        """After each `forward_backward` but the last of a step: DeepSpeed counts it."""
         self.deepspeed.step()
 
+    def finish_step(self) -> bool:
+        """After the last `forward_backward`: the optimizer's step. On every rank.
+
+        Returns:
+            False where gradients are not finite, on all ranks alike: the step is skipped, as in `skip_step`. (Under
+            fp16 an overflow is the scaler's business, and no such case.)
+        """
+        if self.config.train.zero_stage == 0 and self.config.train.precision != "fp16":
+            # DeepSpeed looks at the gradients itself from stage 1 on.
+            gradients = [p.grad for p in self.step_module.network.parameters() if p.grad is not None]
+            if not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+                self.skip_step()
+                return False
+        self.deepspeed.step()
+        applied: bool = self.deepspeed.was_step_applied()
+        if not applied:
+            self._restore_statistics()
+        return applied
+
     def skip_step(self) -> None:
-        """End a step in place of the last `micro_step`: its gradients and statistics are dropped. On every rank."""
+        """End a step in place of `finish_step`: its gradients and statistics are dropped. On every rank."""
         attributes = vars(self.torch_optimizer)
         attributes["step"] = lambda *_, **__: None  # whatever DeepSpeed does around it goes on
         try:
             self.deepspeed.step()
         finally:
             del attributes["step"]
+        self._restore_statistics()
+
+    def _restore_statistics(self) -> None:
         for name, buffer in self.step_module.network.named_buffers():
             buffer.copy_(self.statistics[name])
 

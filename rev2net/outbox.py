@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -31,9 +32,9 @@ class Outbox:
             self._mark.unlink(missing_ok=True)
         self._lock = threading.Lock()
         self._rows = self._read()
-        state = json.loads(self._mark.read_text()) if self._mark.exists() else {}
+        state = _json(self._mark.read_bytes()) if self._mark.exists() else {}
         self.run: tuple[str, str] | None = tuple(state["run"]) if state.get("run") else None
-        self._arrived: int = state.get("arrived", 0)
+        self._arrived = min(int(state.get("arrived", 0)), len(self._rows))
         self._pending = deque(self._rows[self._arrived :])
 
     def _read(self) -> list[Row]:
@@ -43,7 +44,7 @@ class Outbox:
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):  # a kill cut the last row off
             self._file.write_bytes(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        return [_json(line) for line in whole.split(b"\n")[:-1]]
 
     @property
     def rows(self) -> list[Row]:
@@ -86,4 +87,15 @@ class Outbox:
             self._write_mark()
 
     def _write_mark(self) -> None:
-        write_atomically(self._mark, json.dumps({"run": self.run, "arrived": self._arrived}).encode())
+        # What is sent twice after a crash because of this arrives once: it is the same, time included.
+        with contextlib.suppress(OSError):
+            write_atomically(self._mark, json.dumps({"run": self.run, "arrived": self._arrived}).encode())
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    """What a disk that failed has left of a line: nothing, if it cannot be read."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

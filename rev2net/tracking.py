@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -9,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,8 +25,14 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "nvidia-dali-cuda120", "webdata
 RETRY_SECONDS = 5.0
 """Between two tries of a server that does not answer."""
 
+TRIES = 3
+"""Of an entry that a server refuses which otherwise answers."""
+
 PATIENCE_SECONDS = 60.0
 """For a server that does not answer when the training has ended."""
+
+HURRY_SECONDS = 3.0
+"""The same when the training has been told to stop."""
 
 
 class Tracker:
@@ -61,6 +68,14 @@ class Tracker:
             self.run_id = known if uri == self.uri else None
         for row in self._outbox.rows:
             self._last |= dict.fromkeys(row.get("values", ()), row.get("step", 0))
+        if not self._outbox.rows:
+            self._put({"params": {key: value[:500] for key, value in config.flat().items()}})
+            self._put({"text": config.yaml(), "name": "config.yaml"})
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        # MLflow's own patience is minutes; the thread has its own.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
         self._thread.start()
 
@@ -85,6 +100,10 @@ class Tracker:
         with self._changed:
             self._changed.wait_for(lambda: not len(self._outbox), self._patience)
         self._patience = max(0.0, self._patience - (time.monotonic() - begin))
+
+    def hurry(self) -> None:
+        """Have little patience from now on: whoever calls cannot wait."""
+        self._patience = min(self._patience, HURRY_SECONDS)
 
     def __enter__(self) -> Tracker:
         return self
@@ -125,48 +144,57 @@ class Tracker:
             self._changed.notify_all()
 
     def _deliver(self) -> None:
-        away = False
+        away, refused = False, 0
         while not self._given_up:
             with self._changed:
                 self._changed.wait_for(lambda: len(self._outbox) or self._closing)
             if not len(self._outbox):
                 return
+            connected = self._client is not None
             try:
                 if self._client is None:
                     self._client = self._connect()
+                    connected = True
                 self._send(self._outbox.first())
-                self._outbox.arrived()
-            except Exception as error:
-                if not away:
-                    log.warning("MLflow at %s does not answer, training goes on: %s", self.uri, _first_line(error))
-                away = True
-                time.sleep(RETRY_SECONDS)
-                continue
-            if away:
-                log.info("MLflow at %s answers again", self.uri)
-            away = False
+            except Exception as error:  # whatever it is, it must not reach the training
+                # Asked anew each time: it may be another server by then, or have lost the run.
+                self._client = None
+                refused = refused + 1 if connected else 0
+                if refused < TRIES:
+                    if not away:
+                        log.warning("MLflow at %s fails, training goes on: %s", self.uri, _first_line(error))
+                    away = True
+                    time.sleep(RETRY_SECONDS)
+                    continue
+                log.warning("MLflow at %s refuses an entry, which is dropped: %s", self.uri, _first_line(error))
+            else:
+                if away:
+                    log.info("MLflow at %s answers again", self.uri)
+                away = False
+            refused = 0
+            self._outbox.arrived()
             with self._changed:
                 self._changed.notify_all()
 
     def _send(self, row: Row) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, Param
 
         if "status" in row:
             if len(self._outbox) == 1:  # else it is that of an earlier start
                 self._client.set_terminated(self.run_id, row["status"])
+        elif "params" in row:
+            params = [Param(key, value) for key, value in row["params"].items()]
+            self._client.log_batch(self.run_id, params=params)
+        elif "text" in row:
+            self._client.log_text(self.run_id, row["text"], row["name"])
         elif "file" in row:
             self._client.log_artifact(self.run_id, str(Path(self._config.output) / row["file"]))
-        else:
+        elif "values" in row:
             values = [Metric(name, value, row["time"], row["step"]) for name, value in row["values"].items()]
             self._client.log_batch(self.run_id, values)
 
     def _connect(self) -> Any:
         """Find the run or make it; MLflow's client."""
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        # MLflow's own patience is minutes; this thread has its own.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it tells of every retry
         from mlflow.tracking import MlflowClient  # seconds to import, and only rank 0 needs it
@@ -174,8 +202,8 @@ class Tracker:
         client = MlflowClient(self.uri)
         if self.run_id is None or not self._has(client, self.run_id):
             self.run_id = self._create(client)
-        client.update_run(self.run_id, status="RUNNING")
         self._outbox.address(self.uri, self.run_id)
+        client.update_run(self.run_id, status="RUNNING")
         return client
 
     def _has(self, client: Any, run_id: str) -> bool:
@@ -191,8 +219,6 @@ class Tracker:
         return False
 
     def _create(self, client: Any) -> str:
-        from mlflow.entities import Param
-
         config = self._config
         found = client.get_experiment_by_name(config.tracking.experiment)
         if found is not None:
@@ -203,10 +229,7 @@ class Tracker:
             folder = Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts"
             experiment = client.create_experiment(config.tracking.experiment, folder.as_uri() if local else None)
         name = config.tracking.run_name or Path(config.output).name
-        run_id = str(client.create_run(experiment, run_name=name, tags=_environment()).info.run_id)
-        client.log_batch(run_id, params=[Param(key, value[:500]) for key, value in config.flat().items()])
-        client.log_text(run_id, config.yaml(), "config.yaml")
-        return run_id
+        return str(client.create_run(experiment, run_name=name, tags=_environment()).info.run_id)
 
 
 def _first_line(error: Exception) -> str:
@@ -223,11 +246,12 @@ def tracking_uri(config: Config) -> str:
 
 
 def _environment() -> dict[str, str]:
-    tags = {f"version.{name}": version(name) for name in PACKAGES}
-    tags["version.python"] = platform.python_version()
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    if commit.returncode == 0:
+    tags = {"version.python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            tags[f"version.{name}"] = version(name)
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(words, capture_output=True, text=True, check=True)
         tags["mlflow.source.git.commit"] = commit.stdout.strip()
     return tags

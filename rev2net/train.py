@@ -65,7 +65,7 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
 
     Raises:
         UserError: the configuration does not fit the data, the ranks or the checkpoint.
-        NonFiniteLossError: a loss was NaN or infinite several steps in a row.
+        NonFiniteLossError: losses or gradients were NaN or infinite several steps in a row.
         RuntimeError: too many clips cannot be decoded.
         OSError: a checkpoint could not be written.
     """
@@ -85,18 +85,18 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
             scalars, stopped = run.train_step(stop_requested())
             run.report(scalars)
             if stopped or run.step == run.total or run.due(config.train.checkpoint_every):
-                run.save()
+                run.save(config.train.keep_checkpoints)
             if run.step < run.total and config.train.eval_every and run.due(config.train.eval_every):
                 run.evaluate()
         return run.finish(stopped)
 
 
 MAX_SKIPPED = 3
-"""Steps in a row without a finite loss that end the run."""
+"""Steps in a row without finite loss and gradients that end the run."""
 
 
 class NonFiniteLossError(RuntimeError):
-    """Losses were NaN or infinite `MAX_SKIPPED` steps in a row; the message names the ranks and the samples."""
+    """`MAX_SKIPPED` steps in a row had no finite loss or gradients; the message names the ranks and the clips."""
 
 
 class TrainingRun:
@@ -121,6 +121,7 @@ class TrainingRun:
         self.skipped: int = state.skipped if state else 0
         self._skipped_in_a_row = 0
         self.replaced: int = state.replaced if state else 0
+        self._replaced_before = self.replaced  # before the steps that were skipped in a row
         self._bad_clips = BadClips(config.loader.max_bad)
         self._own_failures = 0
         self.tracker = Tracker(
@@ -157,8 +158,7 @@ class TrainingRun:
         if state.world_size == self.ranks.world_size:
             checkpoint.load_own_buffers(network, resumed, self.ranks)
         engine = build_engine(self.config, self.ranks, network)
-        updates = state.step - state.skipped
-        checkpoint.restore_optimizer(engine, checkpoint.read_tensors(resumed, "optimizer"), updates)
+        checkpoint.restore_optimizer(engine, checkpoint.read_tensors(resumed, "optimizer"), state.updates)
         return engine, state
 
     def _train_loader(self) -> TrainLoader:
@@ -204,7 +204,7 @@ class TrainingRun:
             log.info("going on from %s at step %d", resumed, self.step)
 
     def train_step(self, stop: bool) -> tuple[dict[str, float], bool]:
-        """One optimizer step, or none where the loss is not finite.
+        """One optimizer step, or none where the loss or a gradient is not finite.
 
         Returns:
             The scalars averaged over the global batch (empty for a skipped step), and if any rank wants to stop.
@@ -228,38 +228,48 @@ class TrainingRun:
         *values, stops, replaced = self.ranks.mean(own.clone()).tolist()
         self._count_replaced(round(replaced * self.ranks.world_size))
         finite = all(map(math.isfinite, values))  # on all ranks alike: a sum with one NaN is NaN
-        if finite:
-            self.engine.micro_step()
-            self._skipped_in_a_row = 0
+        if not finite:
+            self.engine.skip_step()
+            self._count_skipped("its loss is not finite on " + self._whose(bool(own.isfinite().all()), keys))
+        elif not self.engine.finish_step():
+            finite = False
+            self._count_skipped("its loss is finite, but its gradients are not")
         else:
-            self._skip(bool(own.isfinite().all()), keys)
+            self._skipped_in_a_row = 0
         self.step += 1
         self.profile.step(self.step)
         return dict(zip(sums, values, strict=True)) if finite else {}, stops > 0
 
     def _count_replaced(self, clips: int) -> None:
         """On all ranks alike: too many end the run on each of them."""
+        if self._skipped_in_a_row == 0:
+            self._replaced_before = self.replaced
         self.replaced += clips
         self._bad_clips.add(clips, self.config.train.global_batch)
 
-    def _skip(self, fine: bool, keys: list[str]) -> None:
-        """Leave the weights as they are and say whose clips it was; the third time in a row ends the run."""
-        self.engine.skip_step()
+    def _whose(self, fine: bool, keys: list[str]) -> str:
+        """The ranks that are not `fine`, and their clips. A collective."""
+        reports = self.ranks.gather((fine, keys))
+        return "; ".join(f"rank {r} (clips {', '.join(k)})" for r, (own, k) in enumerate(reports) if not own)
+
+    def _count_skipped(self, reason: str) -> None:
+        """The step left everything as it was; the third time in a row ends the run. A collective."""
         self.skipped += 1
         self._skipped_in_a_row += 1
-        reports = self.ranks.gather((fine, keys))
-        bad = "; ".join(f"rank {r} (clips {', '.join(k)})" for r, (own, k) in enumerate(reports) if not own)
         if self._skipped_in_a_row < MAX_SKIPPED:
-            log.warning("step %d is skipped: its loss is not finite on %s", self.step + 1, bad)
+            if self.ranks.first:
+                log.warning("step %d is skipped: %s", self.step + 1, reason)
             return
         last = self.step + 1
+        older = checkpoint.latest(self.folder)
         self.step = last - MAX_SKIPPED  # nothing has changed since
         self.skipped -= MAX_SKIPPED
-        self.save()
+        self.replaced = self._replaced_before
+        self.save(keep=None)
         raise NonFiniteLossError(
-            f"the loss was not finite {MAX_SKIPPED} steps in a row, at step {last} on {bad}; the state before them is "
-            f"saved in {checkpoint.latest(self.folder)}: look at these clips, or lower optim.lr, and run the same "
-            "command again"
+            f"{MAX_SKIPPED} steps in a row were skipped; of step {last}: {reason}. The state before them is saved in "
+            f"{checkpoint.latest(self.folder)} (the checkpoint before it is {older}): look at the clips, or lower "
+            "optim.lr, and run the same command again; delete the newest checkpoint if its weights are the trouble"
         )
 
     def report(self, scalars: dict[str, float]) -> None:
@@ -273,18 +283,19 @@ class TrainingRun:
         """True at the steps that are multiples of a duration."""
         return self.step % max(1, self._in_steps(every, "interval")) == 0
 
-    def save(self) -> None:
-        """Write a checkpoint. A collective."""
+    def save(self, keep: int | None = None) -> None:
+        """Write a checkpoint, and drop all but the last `keep`. A collective."""
         state = checkpoint.RunState(
             step=self.step,
             run_id=self.tracker.run_id,
             classes=self.data.classes,
             world_size=self.ranks.world_size,
             config=self.config.model_dump(mode="json"),
+            updates=self.engine.updates,
             skipped=self.skipped,
             replaced=self.replaced,
         )
-        path = checkpoint.save(self.engine, self.folder, state, self.config.train.keep_checkpoints)
+        path = checkpoint.save(self.engine, self.folder, state, keep)
         log.info("saved %s", path)
 
     def evaluate(self) -> dict[str, float]:
@@ -325,7 +336,10 @@ class TrainingRun:
         self.log.close()
         finished = self.step >= self.total
         values = self.evaluate() if finished else {}
-        self.tracker.flush()
+        if finished:
+            self.tracker.flush()
+        else:
+            self.tracker.hurry()  # the job is about to be requeued, or killed
         result = TrainResult(
             step=self.step,
             finished=finished,

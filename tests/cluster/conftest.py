@@ -51,7 +51,8 @@ def slurm_daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 
 @pytest.fixture
-def slurm(slurm_daemons: Slurm, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+def slurm(slurm_daemons: Slurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
     """The same, as the Slurm that commands find."""
     monkeypatch.setenv("SLURM_CONF", str(slurm_daemons.conf))
-    return slurm_daemons
+    yield slurm_daemons
+    slurm_daemons.cancel_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -18,7 +19,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 AuthType=auth/munge
 # A requeued job waits as long as a credential lives: two minutes by default.
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=15
 SlurmUser=root
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -94,19 +95,29 @@ class Slurm:
         self.wait("two idle nodes", lambda: self.command("sinfo", "-h", "-N", "-o", "%T", "-p", "low") == "idle\nidle")
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(AssertionError):  # jobs outlive the daemons
+            self.cancel_all()
         for daemon in reversed(self._daemons):
             daemon.terminate()
-        for daemon in self._daemons:
-            daemon.wait(timeout=30)
+            try:
+                daemon.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+    def cancel_all(self) -> None:
+        """End whatever runs or waits."""
+        self.command("scancel", "--user=root")
+        self.wait("empty queue", lambda: self.command("squeue", "-h", "-o", "%i") == "", 60)
 
     def _start(self, *words: str) -> None:
         with (self.folder / f"{words[0]}-{len(self._daemons)}.out").open("wb") as out:
             self._daemons.append(subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT))
 
-    def command(self, *words: str) -> str:
-        """What a command of Slurm's says; empty where it fails."""
+    def command(self, *words: str) -> str | None:
+        """What a command of Slurm's says; None where it fails."""
         environment = {**os.environ, "SLURM_CONF": str(self.conf)}
-        return subprocess.run(words, capture_output=True, text=True, env=environment).stdout.strip()
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+        return None if done.returncode else done.stdout.strip()
 
     def wait(self, what: str, ready: Callable[[], bool], seconds: float = 120) -> None:
         """Poll until `ready`; AssertionError with the daemons' last words otherwise."""
@@ -118,9 +129,14 @@ class Slurm:
                 raise AssertionError(f"no {what}; ended: {gone}\n{self.command('squeue', '-l')}\n{logs}")
             time.sleep(0.2)
 
-    def wait_for_end(self, job: str, seconds: float = 300) -> None:
-        """Until the queue does not know the job any more, or knows it as ended."""
-        self.wait(f"end of job {job}", lambda: not self.command("squeue", "-h", "-j", job, "-o", "%i"), seconds)
+    def wait_for_end(self, job: str, seconds: float = 400) -> None:
+        """Until the queue does not hold the job any more."""
+
+        def ended() -> bool:
+            queue = self.command("squeue", "-h", "-o", "%A")
+            return queue is not None and job not in queue.split()
+
+        self.wait(f"end of job {job}", ended, seconds)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -19,7 +19,7 @@ from dataloaders.synth import SynthSettings, synthesise
 from dataloaders.transcode import PrepareSettings
 from dataloaders.verify import verify
 
-STEPS = 24
+STEPS = 40
 
 
 @pytest.fixture
@@ -63,8 +63,10 @@ def test_p7_a_preempted_job_goes_on_and_trains_the_same_weights(
     slurm.wait_for_end(submit("whole"))
     job = submit("preempted")
     log = tmp_path / "preempted" / "train.log"
-    slurm.wait("fifth step", lambda: log.exists() and f"step 5/{STEPS}" in log.read_text())
-    other = slurm.command("sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "--wrap", "sleep 1")
+    slurm.wait("first step", lambda: log.exists() and f"step 1/{STEPS}" in log.read_text(), 400)
+    words = ("sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    other = slurm.command(*words)
+    assert other
     slurm.wait_for_end(other)
     slurm.wait_for_end(job)
     assert "stopped at step" in log.read_text() and "going on from" in log.read_text()

@@ -164,7 +164,7 @@ def test_all_gpus_join_through_nccl() -> None:
     assert joined == sorted(f"joined {rank} by nccl on cuda:{rank}" for rank in range(count))
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("bf16", 1), ("bf16", 3), ("fp16", 0), ("fp16", 1), ("fp16", 3)])
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", 1), ("bf16", 3), ("fp16", 0)])
 def test_training_on_all_gpus_learns(data: DataSet, tmp_path: Path, precision: str, stage: int) -> None:
     """With fp16 some steps are skipped until the scaler has found its scale."""
     output = tmp_path / "run"

@@ -1,6 +1,7 @@
-"""Run under torchrun: clips of NaN on the last rank, one step's and then three steps', under every ZeRO stage.
+"""Run under torchrun: clips of NaN on the last rank, one step's and then three steps', under ZeRO stages 0, 1 and 3.
 
-Arguments: data folder, output folder. Rank 0 writes one JSON line per stage.
+A step has two micro-batches on each rank, of which the first is the bad one. At step 3 the loss is finite, but its
+gradients are not. Arguments: data folder, output folder. Rank 0 writes one JSON line per stage.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from rev2net import checkpoint
 from rev2net.config import load_config
 from rev2net.train import NonFiniteLossError, TrainingRun
 
-BAD = (2, 4, 5, 6)
+BAD = (2, 5, 6, 7)
 """Steps, counted from 1, whose clips are NaN on the last rank."""
+
+STEEP = 3
+"""The step whose gradients are not finite."""
 
 
 class Poisoned:
@@ -41,8 +45,9 @@ class Poisoned:
 def poisoned(run: TrainingRun) -> Iterator[Any]:
     """The run's batches, some of them poisoned."""
     for number, batch in enumerate(run.loader):
-        step = number // run.accumulation + 1
-        yield Poisoned(batch) if run.ranks.rank == run.ranks.world_size - 1 and step in BAD else batch
+        step, index = divmod(number, run.accumulation)
+        bad = run.ranks.rank == run.ranks.world_size - 1 and step + 1 in BAD and index == 0
+        yield Poisoned(batch) if bad else batch
 
 
 def state(run: TrainingRun) -> dict[str, torch.Tensor]:
@@ -54,14 +59,45 @@ def state(run: TrainingRun) -> dict[str, torch.Tensor]:
     )
 
 
+class Steep(torch.autograd.Function):
+    """Identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        """The value."""
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Infinity."""
+        return torch.full_like(gradient, torch.inf)
+
+
+def steepen(run: TrainingRun) -> None:
+    """Make the gradients of step `STEEP` infinite on the last rank."""
+
+    def hook(module: torch.nn.Module, inputs: Any, scalars: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if run.step + 1 != STEEP or run.ranks.rank != run.ranks.world_size - 1:
+            return scalars
+        return {**scalars, "loss/total": Steep.apply(scalars["loss/total"])}
+
+    run.engine.step_module.register_forward_hook(hook)
+
+
 def main() -> None:
     """All stages, one after the other, in this process group."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     data, output = sys.argv[1:]
-    for stage in range(4):
-        words = [f"data.path={data}", f"output={output}/zero{stage}", f"train.zero_stage={stage}"]
+    for stage in (0, 1, 3):  # 2 takes the way of 1
+        words = [
+            f"data.path={data}",
+            f"output={output}/zero{stage}",
+            f"train.zero_stage={stage}",
+            "train.micro_batch=2",
+        ]
         run = TrainingRun(load_config("configs/demo.yaml", [*TINY, *words, "tracking.enabled=false"]))
         run._batches = poisoned(run)
+        steepen(run)
         found: list[Any] = []
         before = state(run)
         message = ""

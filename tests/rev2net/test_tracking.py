@@ -58,7 +58,7 @@ def test_p11_what_a_server_missed_arrives_once_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.2)
-    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 3.0)
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 8.0)
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     config = configuration(tmp_path, uri)
@@ -67,9 +67,9 @@ def test_p11_what_a_server_missed_arrives_once_it_is_back(
         for step in (1, 2, 3):
             tracker.metrics({"x": step / 2}, step)
         called = time.monotonic() - begin
-    assert called < 1.0, "logging waited for the server"
-    assert caplog.text.count("does not answer, training goes on") == 1
-    assert "4 entries for MLflow could not be delivered" in caplog.text
+    assert called < 3.0, "logging waited for the server"
+    assert caplog.text.count("fails, training goes on") == 1
+    assert "6 entries for MLflow could not be delivered" in caplog.text
     with server(tmp_path, port):
         monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 60.0)
         # As after a kill behind step 2: step 3 comes again, and is dropped.
@@ -133,3 +133,33 @@ def test_a_disk_that_takes_no_entry_does_not_end_the_training(
         tracker.metrics({"x": 3.0}, 3)
     assert "an entry for MLflow is lost" in caplog.text
     assert history(tracker.uri) == [[(1, 1.0), (3, 3.0)]]
+
+
+def test_an_entry_that_the_store_refuses_does_not_hold_up_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.1)
+    with Tracker(configuration(tmp_path), active=True) as tracker:
+        tracker.metrics({"x": 1.0}, 1)
+        tracker._put({"file": "a picture that somebody has removed.png"})
+        tracker.metrics({"a/b?c": 1.0, "x": 2.0}, 2)  # not a name that MLflow takes
+        tracker.metrics({"x": 3.0}, 3)
+    assert caplog.text.count("refuses an entry, which is dropped") == 2
+    assert history(tracker.uri) == [[(1, 1.0), (3, 3.0)]]
+    assert tracker.run_id is not None
+    run = MlflowClient(tracker.uri).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED" and run.data.params["model.name"] == "rev2net"
+
+
+def test_a_damaged_outbox_costs_what_is_damaged(tmp_path: Path) -> None:
+    with Tracker(configuration(tmp_path), active=True) as tracker:
+        for step in (1, 2, 3):
+            tracker.metrics({"x": float(step)}, step)
+    file = tmp_path / "run" / "outbox.jsonl"
+    lines = file.read_bytes().split(b"\n")
+    lines[3] = bytes(len(lines[3]))  # step 2
+    file.write_bytes(b"\n".join(lines))
+    (tmp_path / "run" / "outbox.json").write_text("{")
+    with Tracker(configuration(tmp_path), active=True, resumed=True) as again:
+        again.metrics({"x": 4.0}, 4)
+    assert sorted(history(tracker.uri)) == [[(1, 1.0), (2, 2.0), (3, 3.0)], [(1, 1.0), (3, 3.0), (4, 4.0)]]
