@@ -31,7 +31,7 @@ from rev2net.models.i3d import I3D
 from rev2net.models.rev2net import Rev2Net
 
 LATEST = "latest"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,7 +86,7 @@ class LossConfig(Section):
     beta: float = Field(0.1, ge=0)
     lambda_flow: float = Field(0.1, ge=0)
     lambda_im: float = Field(0.1, ge=0)
-    reduction: Reduction = "rms"
+    reduction: Reduction = "frobenius"
     ddp_low_reduction: Reduction = "rms"
     ddp_high_reduction: KLReduction = "sum"
 

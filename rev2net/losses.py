@@ -44,7 +44,7 @@ class Objective:
     beta: float = 0.1
     lambda_flow: float = 0.1
     lambda_im: float = 0.1
-    reduction: Reduction = "rms"
+    reduction: Reduction = "frobenius"
     ddp_low_reduction: Reduction = "rms"
     ddp_high_reduction: KLReduction = "sum"
 

@@ -97,7 +97,7 @@ def test_overrides_are_yaml_and_the_last_one_counts(small: Path) -> None:
 def test_the_defaults_are_the_paper_s(small: Path) -> None:
     config = load_config(small)
     assert config.loss.objective() == Objective(
-        ddp="both", alpha=0.01, beta=0.1, lambda_flow=0.1, lambda_im=0.1, reduction="rms", ddp_low_reduction="rms"
+        ddp="both", alpha=0.01, beta=0.1, lambda_flow=0.1, lambda_im=0.1, reduction="frobenius", ddp_low_reduction="rms"
     )
     assert config.decoders == ("flow", "frame")
 

@@ -181,7 +181,7 @@ def test_each_term_has_its_own_weight_and_reduction() -> None:
         terms = measure(output, replace(plain, **{field: 0.7}))  # type: ignore[arg-type]
         torch.testing.assert_close(terms["loss/total"], base["loss/ce"] + 0.7 * base[f"loss/{name}"])
     reductions = {
-        "reduction": ("frobenius", {"loss/flow", "loss/frame"}),
+        "reduction": ("rms", {"loss/flow", "loss/frame"}),
         "ddp_low_reduction": ("frobenius", {"loss/ddp_low"}),
         "ddp_high_reduction": ("mean", {"loss/ddp_high"}),
     }
