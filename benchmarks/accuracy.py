@@ -151,7 +151,7 @@ def page(found: list[dict[str, object]]) -> str:
         "CPU processes, ZeRO-1, bf16, last checkpoint. Nothing was chosen by validation clips. Chance is 12.5 % for",
         "`demo` (generated clips, domain a, 80 validation clips), 25 % for `weizmann` (people 7-9, 12 clips).",
         "Variants with two reductions name that of the reconstructions first, then that of ddp_low; `rev2net` is",
-        "frobenius and rms.",
+        "frobenius and rms. Seconds are the clock's, on a machine that had other work at times.",
         "",
         "| configuration | variant | seeds | mean top-1 | std error | each seed | backwards = opposite | seconds |",
         "|---|---|---|---|---|---|---|---|",
