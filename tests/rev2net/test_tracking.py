@@ -58,7 +58,7 @@ def test_p11_what_a_server_missed_arrives_once_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.2)
-    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 8.0)
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 4.0)
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     config = configuration(tmp_path, uri)
