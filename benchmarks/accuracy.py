@@ -40,7 +40,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "rev2net-frobenius-frobenius": ("loss.ddp_low_reduction=frobenius",),
 }
 """Names after reconstruction and ddp_low reduction; `rev2net` alone is what the configuration says (frobenius, rms),
-`half` the half of its steps that `make demo` has time for."""
+`half` a training of half the steps (`make demo` has time for a little less)."""
 
 
 @dataclass(frozen=True)
