@@ -19,7 +19,7 @@ from dataloaders.synth import SynthSettings, synthesise
 from dataloaders.transcode import PrepareSettings
 from dataloaders.verify import verify
 
-STEPS = 40
+STEPS = 30
 
 
 @pytest.fixture
