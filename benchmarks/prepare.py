@@ -227,7 +227,7 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"Kilobytes a clip; JPEG at quality {JPEG_QUALITY}, one per frame for RGB and two for flow, at the size of the",
         "RGB video. The error is the mean end-point distance between the decoded flow, scaled to the RGB's size, and",
-        "the float flow clipped to 20 pixels; and length the mean length of that flow.",
+        "the float flow clipped to 20 pixels; the length is the mean one of that flow.",
         "",
         "| codec | clips | frames | RGB | flow | flow / RGB | RGB JPEG | flow JPEG | error, px | worst | length, px |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

@@ -22,6 +22,10 @@ class Outbox:
     Args:
         folder: of the run; the rows are in `outbox.jsonl`, their count and whose they are in `outbox.json`.
         fresh: forget what an earlier run left there.
+
+    Attributes:
+        rows: all of them, those that have arrived included.
+        run: store and id of the MLflow run that they go to; None before it is known.
     """
 
     def __init__(self, folder: Path, *, fresh: bool) -> None:
@@ -31,11 +35,11 @@ class Outbox:
             self._file.unlink(missing_ok=True)
             self._mark.unlink(missing_ok=True)
         self._lock = threading.Lock()
-        self._rows = self._read()
+        self.rows = self._read()
         state = _json(self._mark.read_bytes()) if self._mark.exists() else {}
         self.run: tuple[str, str] | None = tuple(state["run"]) if state.get("run") else None
-        self._arrived = min(int(state.get("arrived", 0)), len(self._rows))
-        self._pending = deque(self._rows[self._arrived :])
+        self._arrived = min(int(state.get("arrived", 0)), len(self.rows))
+        self._pending = deque(self.rows[self._arrived :])
 
     def _read(self) -> list[Row]:
         if not self._file.exists():
@@ -45,11 +49,6 @@ class Outbox:
         if len(whole) < len(data):  # a kill cut the last row off
             self._file.write_bytes(whole)
         return [_json(line) for line in whole.split(b"\n")[:-1]]
-
-    @property
-    def rows(self) -> list[Row]:
-        """All rows, those that have arrived included."""
-        return self._rows
 
     def __len__(self) -> int:
         """Rows that have not arrived."""
@@ -65,7 +64,7 @@ class Outbox:
             os.truncate(self._file, size)
             raise
         with self._lock:
-            self._rows.append(row)
+            self.rows.append(row)
             self._pending.append(row)
 
     def first(self) -> Row:
@@ -83,7 +82,7 @@ class Outbox:
         if self.run != (uri, run_id):
             self.run, self._arrived = (uri, run_id), 0
             with self._lock:
-                self._pending = deque(self._rows)
+                self._pending = deque(self.rows)
             self._write_mark()
 
     def _write_mark(self) -> None:

@@ -150,16 +150,14 @@ class Tracker:
                 self._changed.wait_for(lambda: len(self._outbox) or self._closing)
             if not len(self._outbox):
                 return
-            connected = self._client is not None
             try:
                 if self._client is None:
                     self._client = self._connect()
-                    connected = True
                 self._send(self._outbox.first())
             except Exception as error:  # whatever it is, it must not reach the training
+                refused = refused + 1 if self._client is not None else 0
                 # Asked anew each time: it may be another server by then, or have lost the run.
                 self._client = None
-                refused = refused + 1 if connected else 0
                 if refused < TRIES:
                     if not away:
                         log.warning("MLflow at %s fails, training goes on: %s", self.uri, _first_line(error))

@@ -11,6 +11,12 @@ import pytest
 from slurm import Slurm, missing
 
 from cluster.cli import main
+from dataloaders.prepare import prepare
+from dataloaders.shards import MANIFEST
+from dataloaders.sources import read_folder
+from dataloaders.synth import SynthSettings, synthesise
+from dataloaders.transcode import PrepareSettings
+from dataloaders.verify import verify
 
 
 @pytest.fixture
@@ -38,6 +44,26 @@ def script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
         return text.replace(str(folder), "FOLDER").replace(shlex.quote(sys.executable), "PYTHON")
 
     return run
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    """16 generated clips of four frames."""
+    synthesise(tmp_path / "clips", SynthSettings(frames=4, size=64), {"train": 1, "val": 1}, workers=1)
+    return tmp_path / "clips"
+
+
+@pytest.fixture
+def has_the_bytes_of_one_run(clips: Path, tmp_path: Path) -> Callable[[Path], bool]:
+    """Whether a data set made of `clips` is the one that `prepare` makes of them by itself."""
+
+    def same(data: Path) -> bool:
+        whole = tmp_path / "whole"
+        prepare(read_folder(clips), whole, PrepareSettings(short_side=64))
+        # The manifest holds the hash of every shard.
+        return (data / MANIFEST).read_bytes() == (whole / MANIFEST).read_bytes() and verify(data) == []
+
+    return same
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tiny import free_ports
+
 NODES = ("n1", "n2")
 _COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
 
@@ -82,7 +84,7 @@ class Slurm:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        ports = dict(zip(("controller", "first", "second"), _free_ports(3), strict=True))
+        ports = dict(zip(("controller", "first", "second"), free_ports(3), strict=True))
         self.conf.write_text(_CONF.format(host=socket.gethostname(), folder=self.folder, **ports))
         # --force: it complains that others cannot reach its socket, which is as it should be.
         self._start("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", f"--key-file={key}",
@@ -137,13 +139,3 @@ class Slurm:
             return queue is not None and job not in queue.split()
 
         self.wait(f"end of job {job}", ended, seconds)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

@@ -9,12 +9,6 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
-from dataloaders.prepare import prepare
-from dataloaders.shards import MANIFEST
-from dataloaders.sources import read_folder
-from dataloaders.synth import SynthSettings, synthesise
-from dataloaders.transcode import PrepareSettings
-from dataloaders.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden" / "prepare.sh"
 
@@ -24,17 +18,16 @@ def test_dry_run_prints_the_golden_script(script: Callable[..., str]) -> None:
     assert script(*words) == GOLDEN.read_text()
 
 
-def test_tasks_on_this_machine_make_the_bytes_of_one_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    clips, data, whole = tmp_path / "clips", tmp_path / "data", tmp_path / "whole"
-    synthesise(clips, SynthSettings(frames=4, size=64), {"train": 1, "val": 1}, workers=1)
+def test_tasks_on_this_machine_make_the_bytes_of_one_run(
+    clips: Path, has_the_bytes_of_one_run: Callable[[Path], bool], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
     options = ["--short-side", "64", "--workers", "1"]
     jobs = ["--tasks", "2", "--executor", "local", "--folder", str(tmp_path / "jobs")]
     assert main(["prepare", "folder", str(clips), str(data), *options, *jobs]) == 0
     out = capfd.readouterr().out
     assert "16 clips" in out and "submitit" not in out
-    prepare(read_folder(clips), whole, PrepareSettings(short_side=64))
-    # The manifest holds the hash of every shard.
-    assert (data / MANIFEST).read_bytes() == (whole / MANIFEST).read_bytes() and verify(data) == []
+    assert has_the_bytes_of_one_run(data)
     # Each task left its log, and did half of the work.
     logs = [file.read_text() for file in (tmp_path / "jobs").glob("*_log.out")]
     assert sum("share 1/2 is done" in log and "8 clips" in log for log in logs) == 1

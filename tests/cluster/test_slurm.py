@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,6 @@ from slurm import Slurm
 from tiny import TINY
 
 from cluster.cli import main
-from dataloaders.prepare import prepare
-from dataloaders.shards import MANIFEST
-from dataloaders.sources import read_folder
-from dataloaders.synth import SynthSettings, synthesise
-from dataloaders.transcode import PrepareSettings
-from dataloaders.verify import verify
 
 STEPS = 30
 
@@ -33,10 +28,14 @@ def site(tmp_path: Path) -> Path:
 
 
 def test_an_array_prepares_the_bytes_of_one_run(
-    slurm: Slurm, site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slurm: Slurm,
+    site: Path,
+    clips: Path,
+    has_the_bytes_of_one_run: Callable[[Path], bool],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    clips, data, whole, jobs = (tmp_path / name for name in ("clips", "data", "whole", "jobs"))
-    synthesise(clips, SynthSettings(frames=4, size=64), {"train": 1, "val": 1}, workers=1)
+    data, jobs = tmp_path / "data", tmp_path / "jobs"
     words = ["prepare", "folder", str(clips), str(data), "--short-side", "64", "--workers", "1", "--tasks", "2"]
     assert main([*words, "--site", str(site), "--folder", str(jobs)]) == 0
     first, last = re.findall(r"job (\d+)", capsys.readouterr().out)
@@ -44,8 +43,7 @@ def test_an_array_prepares_the_bytes_of_one_run(
     assert f"{data}: prepared" in (jobs / f"{last}_0_log.out").read_text()
     for task in (0, 1):
         assert f"share {task + 1}/2 is done" in (jobs / f"{first}_{task}_0_log.out").read_text()
-    prepare(read_folder(clips), whole, PrepareSettings(short_side=64))
-    assert (data / MANIFEST).read_bytes() == (whole / MANIFEST).read_bytes() and verify(data) == []
+    assert has_the_bytes_of_one_run(data)
 
 
 def test_p7_a_preempted_job_goes_on_and_trains_the_same_weights(

@@ -325,7 +325,7 @@ def heads_of(output: Rev2NetOutput) -> list[Tensor]:
     return [output.logits, output.flow, output.frames, *latents]
 
 
-@pytest.mark.parametrize(("bf16", "steps"), [(False, 500), (True, 150)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("bf16", "steps"), [(False, 500), (True, 250)], ids=["fp32", "bf16"])
 def test_hundreds_of_steps_meet_no_value_that_is_not_finite(bf16: bool, steps: int) -> None:
     clip = (8, 32, 32)
     network, objective = tiny(clip).train(), Objective()
