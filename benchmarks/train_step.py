@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
@@ -262,7 +262,7 @@ def header(args: argparse.Namespace, size: Size3, load: float) -> list[str]:
         f"- Versions: Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}",
         f"- Command: `{command}`",
         f"- Commit: {commit}",
-        f"- Date: {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+        f"- Date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "",
     ]
 

@@ -1,37 +1,46 @@
-"""Checkpoints that know nothing of the number of ranks: whole tensors by parameter name.
+"""Checkpoints on disk: whole tensors by parameter name, which know nothing of the number of ranks.
 
 A checkpoint is a folder `step-00000150/` with `weights.safetensors` (parameters, and batch-normalisation
 statistics averaged over the ranks), `optimizer.safetensors` (whole states as `parameter/state`),
-`buffers.safetensors` (each rank's own statistics as `rank/buffer`) and `state.json`. It is written aside and
-renamed into place; the file `latest` moves last. No random state is needed: see `Engine.forward_backward`.
+`buffers.safetensors` (each rank's own statistics as `rank/buffer`) and `state.json`, which holds size and hash of
+the others. It is written aside and renamed into place; the file `latest` moves last. The evaluation of its weights
+comes later, as `evaluation.json`, and the file `best` names the checkpoint with the best one. No random state is
+needed: see `Engine.forward_backward`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dataloaders.errors import UserError
+from dataloaders.shards import write_atomically
 from rev2net.config import Config, config_from_tree
-from rev2net.distributed import Ranks
-from rev2net.engine import Engine, build_encoder, build_network
+from rev2net.engine import build_encoder, build_network
 from rev2net.models.i3d import I3D
 from rev2net.models.rev2net import Rev2Net
+from rev2net.snapshot import Snapshot
 
-LATEST = "latest"
-FORMAT = 2
+log = logging.getLogger("rev2net")
+
+LATEST, BEST = "latest", "best"
+FORMAT = 3
+TENSORS = ("weights", "optimizer", "buffers")
+METRIC = "val/top1"
+"""Of an evaluation: the best checkpoint is the one in which it is highest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +56,7 @@ class RunState:
         updates: updates that the optimizer has made; fewer than steps where some were skipped.
         skipped: how many of the steps did not change the weights, because the loss or gradients were not finite.
         replaced: how many clips could not be decoded so far.
+        loss_scale: of fp16's scaler; None without one.
     """
 
     step: int
@@ -57,128 +67,94 @@ class RunState:
     updates: int
     skipped: int = 0
     replaced: int = 0
+    loss_scale: dict[str, float] | None = None
 
 
-def _float_buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own, one at a time, while the training goes on.
 
+    The interpreter does not end before the checkpoint under way is written.
 
-def gather_weights(engine: Engine) -> dict[str, Tensor]:
-    """Whole parameters and averaged statistics of the network, on every rank's host memory. A collective.
-
-    Live buffers are not touched: they stay each rank's own.
+    Args:
+        folder: of the run's checkpoints.
     """
-    from deepspeed.utils import safe_get_full_fp32_param
 
-    network = engine.step_module.network
-    weights = {}
-    for name, parameter in network.named_parameters():
-        whole = parameter if engine.config.train.zero_stage < 3 else safe_get_full_fp32_param(parameter)
-        assert whole is not None
-        weights[name] = whole.detach().float().cpu().clone(memory_format=torch.contiguous_format)
-    for name, buffer in network.named_buffers():
-        whole = engine.ranks.mean(buffer.clone()) if buffer.is_floating_point() else buffer
-        weights[name] = whole.detach().cpu().clone()
-    return weights
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
 
+    def start(self, snapshot: Snapshot, state: RunState, keep: int | None) -> None:
+        """Begin to write; then all but the last `keep` checkpoints and the best one are dropped (None: none).
 
-def gather_optimizer(engine: Engine) -> dict[str, Tensor]:
-    """Whole optimizer states as `parameter/state`, on every rank's host memory. A collective."""
-    from deepspeed.utils import safe_get_full_optimizer_state
+        The one before must have been waited for.
+        """
+        assert self._under_way is None
+        self._under_way = self._thread.submit(self._write, snapshot, state, keep)
 
-    states = {}
-    for name, parameter in engine.step_module.network.named_parameters():
-        for key in engine.state_names:
-            if engine.config.train.zero_stage == 0:
-                whole = engine.torch_optimizer.state[parameter][key]
-            else:
-                whole = safe_get_full_optimizer_state(parameter, key)
-            states[f"{name}/{key}"] = whole.detach().float().cpu().clone(memory_format=torch.contiguous_format)
-    return states
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint under way could not be written; `wait` says why."""
+        return self._under_way is not None and self._under_way.done() and self._under_way.exception() is not None
 
+    def wait(self) -> str | None:
+        """Wait until the checkpoint under way is on disk; why it could not be written, or None."""
+        under_way, self._under_way = self._under_way, None
+        error = None if under_way is None else under_way.exception()
+        if error is not None and not isinstance(error, OSError):
+            raise error
+        return None if error is None else str(error)
 
-def restore_optimizer(engine: Engine, states: Mapping[str, Tensor], updates: int) -> None:
-    """Put whole optimizer states, after so many updates, into whatever partition this engine has. On every rank."""
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-    stage, ranks = engine.config.train.zero_stage, engine.ranks
-    for state in engine.torch_optimizer.state.values():
-        if "step" in state:
-            state["step"].fill_(updates)
-    for name, parameter in engine.step_module.network.named_parameters():
-        for key in engine.state_names:
-            whole = states[f"{name}/{key}"].to(engine.ranks.device)
-            if stage == 0:
-                engine.torch_optimizer.state[parameter][key].copy_(whole)
-            elif stage == 3:
-                # DeepSpeed's own setter of whole states forgets that the last rank's partition is padded.
-                size: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-                padded = F.pad(whole.flatten(), (0, size * ranks.world_size - whole.numel()))
-                safe_set_local_optimizer_state(parameter, padded[size * ranks.rank : size * (ranks.rank + 1)], key)
-            else:
-                safe_set_full_optimizer_state(parameter, whole, key)
+    def _write(self, snapshot: Snapshot, state: RunState, keep: int | None) -> None:
+        begin = time.perf_counter()
+        target = write(self.folder, snapshot, state)
+        log.info("saved %s in %.1f s", target, time.perf_counter() - begin)
+        if keep is not None:
+            kept = {*checkpoints(self.folder)[-keep:], best(self.folder)}
+            for old in checkpoints(self.folder):
+                if old not in kept:
+                    shutil.rmtree(old)
 
 
-def gather_buffers(engine: Engine) -> dict[str, Tensor]:
-    """Every rank's own statistics as `rank/buffer`. A collective."""
-    buffers = _float_buffers(engine.step_module.network)
-    flat = torch.cat([b.flatten() for b in buffers.values()])
-    flats = [torch.empty_like(flat) for _ in range(engine.ranks.world_size)]
-    if engine.ranks.world_size > 1:
-        dist.all_gather(flats, flat)
-    else:
-        flats = [flat]
-    sizes = [b.numel() for b in buffers.values()]
-    return {
-        f"{rank}/{name}": part.cpu().clone().reshape(buffers[name].shape)
-        for rank, whole in enumerate(flats)
-        for name, part in zip(buffers, torch.split(whole, sizes), strict=True)
-    }
+def folder_of(run_folder: Path, step: int) -> Path:
+    """The checkpoint of a step, under a run's `checkpoints` folder."""
+    return run_folder / f"step-{step:08d}"
 
 
-def save(engine: Engine, folder: Path, state: RunState, keep: int | None) -> Path:
-    """Write a checkpoint under `folder` and drop all but the last `keep` (None: none). A collective; rank 0 writes.
+def write(folder: Path, snapshot: Snapshot, state: RunState) -> Path:
+    """Write a checkpoint under `folder`: all of it or nothing, and `latest` last.
 
     Raises:
         OSError: the disk is full or not writable. The previous checkpoint is untouched.
     """
-    weights, optimizer, buffers = gather_weights(engine), gather_optimizer(engine), gather_buffers(engine)
-    target = folder / f"step-{state.step:08d}"
-    if engine.ranks.first:
-        _write(target, weights, optimizer, buffers, state)
-        for old in checkpoints(folder)[:-keep] if keep else ():
-            shutil.rmtree(old)
-    engine.ranks.barrier()
-    return target
-
-
-def _write(
-    target: Path,
-    weights: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-    state: RunState,
-) -> None:
+    target = folder_of(folder, state.step)
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
-        for name, tensors in (("weights", weights), ("optimizer", optimizer), ("buffers", buffers)):
-            save_file(dict(tensors), aside / f"{name}.safetensors")
-        (aside / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(state)}, indent=1))
+        aside.mkdir(parents=True)
+        files = {}
+        for name in TENSORS:
+            file = aside / f"{name}.safetensors"
+            save_file(dict(getattr(snapshot, name)), file)
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        tree = {"format": FORMAT, "files": files, **asdict(state)}
+        (aside / "state.json").write_text(json.dumps(tree, indent=1))
         for file in aside.iterdir():
             _sync(file)
         _sync(aside)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
-        pointer = target.parent / f".{LATEST}.partial"
-        pointer.write_text(target.name)
-        _sync(pointer)
-        os.replace(pointer, target.parent / LATEST)
-        _sync(target.parent)
+        write_atomically(folder / LATEST, target.name.encode())
+        _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"checkpoint {target} could not be written ({error}); the previous one is untouched") from error
+    return target
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -189,6 +165,21 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files (size, hash), or None; reads all of it."""
+    try:
+        files = json.loads((checkpoint / "state.json").read_text())["files"]
+        for name, entry in files.items():
+            size = (checkpoint / name).stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes, {entry['bytes']} were written"
+            if _sha256(checkpoint / name) != entry["sha256"]:
+                return f"{name} does not have the hash that it was written with"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints under a folder, oldest first."""
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
@@ -196,17 +187,62 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def latest(folder: Path) -> Path | None:
     """The checkpoint that `latest` names, or the newest one if that is gone; None where there is none."""
-    pointer = folder / LATEST
-    if pointer.is_file():
-        named = folder / pointer.read_text().strip()
-        if (named / "state.json").is_file():
-            return named
+    named = _named(folder, LATEST)
     found = checkpoints(folder)
-    return found[-1] if found else None
+    return named or (found[-1] if found else None)
+
+
+def _named(folder: Path, pointer: str) -> Path | None:
+    file = folder / pointer
+    named = folder / file.read_text().strip() if file.is_file() else None
+    return named if named is not None and (named / "state.json").is_file() else None
+
+
+def recover(folder: Path) -> Path | None:
+    """The checkpoint to go on from: the latest that is whole. None where there is none.
+
+    What a crash left half written is removed; a damaged checkpoint is told of and put aside as `.damaged-step-*`.
+    """
+    for partial in folder.glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    for partial in folder.glob("*.tmp"):
+        partial.unlink()
+    while (found := latest(folder)) is not None:
+        wrong = damage(found)
+        if wrong is None:
+            return found
+        aside = found.with_name(f".damaged-{found.name}")
+        log.warning("%s is damaged (%s): it is put aside as %s", found, wrong, aside.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        found.rename(aside)
+    return None
+
+
+def write_evaluation(checkpoint: Path, values: Mapping[str, float]) -> bool:
+    """Keep what the evaluation of a checkpoint's weights gave; True where it is the run's best, which `best` names."""
+    write_atomically(checkpoint / "evaluation.json", json.dumps(dict(values), indent=1).encode())
+    is_best = best(checkpoint.parent) == checkpoint
+    if is_best:
+        write_atomically(checkpoint.parent / BEST, checkpoint.name.encode())
+    return is_best
+
+
+def read_evaluation(checkpoint: Path) -> dict[str, float] | None:
+    """What `write_evaluation` kept; None where there was no evaluation."""
+    file = checkpoint / "evaluation.json"
+    values: dict[str, float] | None = json.loads(file.read_text()) if file.is_file() else None
+    return values
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint with the highest validation accuracy, the earlier one of equals; None before any evaluation."""
+    found = [(values[METRIC], path) for path in checkpoints(folder) if (values := read_evaluation(path)) is not None]
+    return max(found, key=lambda entry: entry[0])[1] if found else None
 
 
 def find(path: str | Path) -> Path:
-    """A checkpoint from what a user gives: its folder, the run's folder, or the run's `checkpoints` folder.
+    """A checkpoint from what a user gives: its folder, the run's folder, its `checkpoints` folder, or `latest` or
+    `best` in that.
 
     Raises:
         UserError: there is none.
@@ -214,12 +250,16 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if (path / "state.json").is_file():
         return path
+    named = _named(path.parent, path.name) if path.name in (LATEST, BEST) else None
+    if named is not None:
+        return named
     for folder in (path, path / "checkpoints"):
         found = latest(folder) if folder.is_dir() else None
         if found is not None:
             return found
     raise UserError(
-        f"there is no checkpoint at {path}: give a run's output folder or one of its checkpoints/step-* folders"
+        f"there is no checkpoint at {path}: give a run's output folder, one of its checkpoints/step-* folders, or "
+        "checkpoints/best"
     )
 
 
@@ -233,6 +273,7 @@ def read_state(checkpoint: Path) -> RunState:
         tree = json.loads((checkpoint / "state.json").read_text())
         if tree.pop("format") != FORMAT:
             raise UserError(f"{checkpoint} has another checkpoint format than {FORMAT}: use the version that wrote it")
+        del tree["files"]
         return RunState(**{**tree, "classes": tuple(tree["classes"])})
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{checkpoint}/state.json cannot be read ({error}): choose another checkpoint") from None
@@ -269,13 +310,6 @@ def load_weights(network: nn.Module, checkpoint: Path) -> None:
                 "configuration that it was trained with, another output folder, or init_from= to take over what fits"
             )
     network.load_state_dict(weights)
-
-
-def load_own_buffers(network: nn.Module, checkpoint: Path, ranks: Ranks) -> None:
-    """Put this rank's own statistics back, where the checkpoint was written on the same number of ranks."""
-    buffers = read_tensors(checkpoint, "buffers")
-    for name, buffer in _float_buffers(network).items():
-        buffer.copy_(buffers[f"{ranks.rank}/{name}"])
 
 
 def load_encoder(checkpoint: Path) -> tuple[I3D, Config, RunState]:

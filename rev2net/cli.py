@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _mount(commands, "prepare", "videos to flow to tar shards", "dataloaders.prepare_cli", "prepare")
     _mount(commands, "verify", "check a prepared data set", "dataloaders.verify", "verify")
     _mount(commands, "browse", "a prepared data set as one HTML page", "dataloaders.browse", "browse")
+    _mount(commands, "checkpoint", "show, verify or export checkpoints", "rev2net.checkpoint_cli", "checkpoint")
     plain = argparse.RawDescriptionHelpFormatter
     train = commands.add_parser("train", help="train a network", description=_TRAIN, formatter_class=plain)
     train.add_argument("config", metavar="CONFIG", help="YAML file of the experiment")

@@ -129,7 +129,10 @@ class TrainConfig(Section):
     log_every: int = Field(10, gt=0, description="steps")
     eval_every: str | int | None = Field(None, description="duration between evaluations; null = at the end only")
     checkpoint_every: str | int = Field("1epochs", description="duration between checkpoints")
-    keep_checkpoints: int = Field(2, gt=0)
+    keep_checkpoints: int = Field(2, gt=0, description="the last so many are kept, and the best")
+    hang_minutes: float = Field(
+        10.0, ge=0, description="a run in which no rank makes progress for so long is ended; 0 = never"
+    )
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="more keys of DeepSpeed's own configuration")
 
 

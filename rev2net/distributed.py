@@ -116,6 +116,13 @@ def join(ranks: Ranks, threads: int | None) -> None:
     torch.set_num_threads(threads or fair_threads(ranks.rank, ranks.gather((socket.gethostname(), _cores()))))
 
 
+def limit_collectives(seconds: float) -> None:
+    """From now on a collective that takes longer ends its process: the first step, which may, is done."""
+    groups = dist.distributed_c10d._world.pg_map  # DeepSpeed has groups of its own
+    for group in groups:
+        dist.set_timeout(timedelta(seconds=seconds), group)
+
+
 def fair_threads(rank: int, cores: Sequence[tuple[str, Collection[int]]]) -> int:
     """Threads for a rank: a core counts for the ranks that may run on it in equal parts.
 

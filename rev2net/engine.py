@@ -183,6 +183,18 @@ class Engine:
         """Updates that AdamW has made (SGD does not count them: 0)."""
         return max((int(s["step"]) for s in self.torch_optimizer.state.values() if "step" in s), default=0)
 
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        """State of the scaler of the loss under fp16; None where there is none."""
+        scaler = self.deepspeed.torch_autocast_z0_gradscaler
+        return None if scaler is None else dict(scaler.state_dict())
+
+    def restore_loss_scale(self, state: dict[str, float] | None) -> None:
+        """Put back what `loss_scale` gave, if there is a scaler now."""
+        scaler = self.deepspeed.torch_autocast_z0_gradscaler
+        if scaler is not None and state is not None:
+            scaler.load_state_dict(state)
+
     def micro_step(self) -> None:
         """After each `forward_backward` but the last of a step: DeepSpeed counts it."""
         self.deepspeed.step()

@@ -115,6 +115,12 @@ class Tracker:
         self._put({"status": "FINISHED" if kind is None else "FAILED"})
         self.close()
 
+    def fail(self) -> None:
+        """Close the run as FAILED, in a hurry; from any thread."""
+        self.hurry()
+        self._put({"status": "FAILED"})
+        self.close()
+
     def close(self) -> None:
         """Deliver what is left; what does not arrive in time stays in the outbox."""
         if not self._active:

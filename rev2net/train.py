@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,11 +22,12 @@ from dataloaders.keyed import hash64
 from dataloaders.loader import EvalLoader, TrainLoader
 from dataloaders.plan import Augment, ClipShape, Views
 from dataloaders.shards import DataSet
-from rev2net import checkpoint, pictures
+from rev2net import checkpoint, pictures, snapshot
 from rev2net.config import Config, to_steps
-from rev2net.distributed import Ranks, join, read_ranks
+from rev2net.distributed import Ranks, join, limit_collectives, read_ranks
 from rev2net.engine import Engine, build_engine, build_network, conv3d_warning, micro_batches
 from rev2net.evaluate import Metrics, decoder_errors, merge, metrics, score
+from rev2net.heartbeat import Heartbeat
 from rev2net.models.rev2net import Rev2Net
 from rev2net.models.weights import load_i3d
 from rev2net.optim import Schedule, build_schedule, growing
@@ -80,14 +82,16 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
     with ExitStack() as stack:
         stack.enter_context(run.tracker)
         stack.callback(run.loader.close)
+        stack.enter_context(run.heart)
         stopped = False
+        run.evaluate_if_due()  # it may have been killed between saving and evaluating
         while run.step < run.total and not stopped:
             scalars, stopped = run.train_step(stop_requested())
             run.report(scalars)
-            if stopped or run.step == run.total or run.due(config.train.checkpoint_every):
+            if stopped or run.step == run.total or run.due(config.train.checkpoint_every, config.train.eval_every):
                 run.save(config.train.keep_checkpoints)
-            if run.step < run.total and config.train.eval_every and run.due(config.train.eval_every):
-                run.evaluate()
+            if not stopped:
+                run.evaluate_if_due()
         return run.finish(stopped)
 
 
@@ -115,7 +119,8 @@ class TrainingRun:
         self.schedule: Schedule = build_schedule(config, total=self.total, epoch_samples=samples)
         self.folder = Path(config.output) / "checkpoints"
         join(self.ranks, config.train.threads)
-        resumed = self.ranks.broadcast(checkpoint.latest(self.folder) if self.ranks.first else None)
+        self._writer = checkpoint.CheckpointWriter(self.folder)
+        resumed = self.ranks.broadcast(checkpoint.recover(self.folder) if self.ranks.first else None)
         self.engine, state = self._start_engine(resumed)
         self.step: int = state.step if state else 0
         self.skipped: int = state.skipped if state else 0
@@ -124,6 +129,7 @@ class TrainingRun:
         self._replaced_before = self.replaced  # before the steps that were skipped in a row
         self._bad_clips = BadClips(config.loader.max_bad)
         self._own_failures = 0
+        self._limited = False
         self.tracker = Tracker(
             config,
             active=self.ranks.first,
@@ -134,6 +140,12 @@ class TrainingRun:
         self._batches: Iterator[ClipBatch] = iter(self.loader)
         self.log = StepLog(
             total=self.total, first=self.step, batch=batch, every=config.train.log_every, ranks=self.ranks
+        )
+        self.heart = Heartbeat(
+            self.ranks,
+            Path(config.output) / "heartbeat",
+            60 * config.train.hang_minutes,
+            on_hang=lambda _: self.tracker.fail(),
         )
         self.profile = Profile(config.profile.steps if self.ranks.first else None, Path(config.output))
         if self.ranks.first:
@@ -156,9 +168,10 @@ class TrainingRun:
             )
         checkpoint.load_weights(network, resumed)
         if state.world_size == self.ranks.world_size:
-            checkpoint.load_own_buffers(network, resumed, self.ranks)
+            snapshot.restore_buffers(network, checkpoint.read_tensors(resumed, "buffers"), self.ranks)
         engine = build_engine(self.config, self.ranks, network)
-        checkpoint.restore_optimizer(engine, checkpoint.read_tensors(resumed, "optimizer"), state.updates)
+        snapshot.restore_optimizer(engine, checkpoint.read_tensors(resumed, "optimizer"), state.updates)
+        engine.restore_loss_scale(state.loss_scale)
         return engine, state
 
     def _train_loader(self) -> TrainLoader:
@@ -213,19 +226,25 @@ class TrainingRun:
         self.engine.set_ddp_low(growing(self.step, self.ddp_low_from))
         sums: dict[str, Tensor] = {}
         keys: list[str] = []
+        number = self.step + 1
         for index in range(self.accumulation):
+            self.heart.beat(f"waits for clips of step {number}")
             batch = next(self._batches).to(self.ranks.device, channels_last=self.config.train.channels_last)
+            self.heart.beat(f"computes step {number}")
             keys += batch.keys
             for name, value in self.engine.forward_backward(batch, self.step, index).items():
                 sums[name] = sums.get(name, 0.0) + value / self.accumulation
             if index < self.accumulation - 1:
                 self.engine.micro_step()
-        # Averaged scalars, the wish to stop and the replaced clips, in one collective, before the optimizer steps.
+        # Averaged scalars, the wish to stop and what went wrong, in one collective, before the optimizer steps.
+        self.heart.beat(f"averages the losses of step {number} over the ranks")
         failures = len(self.loader.failures) - self._own_failures
         self._own_failures += failures
-        counts = torch.tensor([float(stop), failures], device=self.ranks.device)
+        counts = torch.tensor([float(stop), failures, float(self._writer.failed)], device=self.ranks.device)
         own = torch.stack([*sums.values(), *counts])
-        *values, stops, replaced = self.ranks.mean(own.clone()).tolist()
+        *values, stops, replaced, unsaved = self.ranks.mean(own.clone()).tolist()
+        if unsaved:
+            self.finish_saving()
         self._count_replaced(round(replaced * self.ranks.world_size))
         finite = all(map(math.isfinite, values))  # on all ranks alike: a sum with one NaN is NaN
         if not finite:
@@ -237,8 +256,18 @@ class TrainingRun:
         else:
             self._skipped_in_a_row = 0
         self.step += 1
+        if not self._limited:
+            self._limit_waiting()
         self.profile.step(self.step)
         return dict(zip(sums, values, strict=True)) if finite else {}, stops > 0
+
+    def _limit_waiting(self) -> None:
+        """After the first step of this start: what takes long now hangs."""
+        self._limited = True
+        self.heart.first_step_done()
+        if self.config.train.hang_minutes:
+            # The watch, which can name who hangs, comes first.
+            limit_collectives(2 * 60 * self.config.train.hang_minutes)
 
     def _count_replaced(self, clips: int) -> None:
         """On all ranks alike: too many end the run on each of them."""
@@ -266,6 +295,7 @@ class TrainingRun:
         self.skipped -= MAX_SKIPPED
         self.replaced = self._replaced_before
         self.save(keep=None)
+        self.finish_saving()
         raise NonFiniteLossError(
             f"{MAX_SKIPPED} steps in a row were skipped; of step {last}: {reason}. The state before them is saved in "
             f"{checkpoint.latest(self.folder)} (the checkpoint before it is {older}): look at the clips, or lower "
@@ -279,12 +309,19 @@ class TrainingRun:
             counts = {"skipped_steps": self.skipped, "replaced_clips": self.replaced}
             self.tracker.metrics({**line, **counts}, self.step)
 
-    def due(self, every: str | int) -> bool:
-        """True at the steps that are multiples of a duration."""
-        return self.step % max(1, self._in_steps(every, "interval")) == 0
+    def due(self, *every: str | int | None) -> bool:
+        """True at the steps that are multiples of one of the durations (None is never)."""
+        return any(self.step % max(1, self._in_steps(e, "interval")) == 0 for e in every if e is not None)
 
     def save(self, keep: int | None = None) -> None:
-        """Write a checkpoint, and drop all but the last `keep`. A collective."""
+        """Write a checkpoint in the background, and drop all but the last `keep` and the best. A collective.
+
+        Raises:
+            OSError: the one before could not be written, on all ranks alike.
+        """
+        self.finish_saving()
+        begin = time.perf_counter()
+        self.heart.beat(f"takes a copy of the state at step {self.step}")
         state = checkpoint.RunState(
             step=self.step,
             run_id=self.tracker.run_id,
@@ -294,27 +331,64 @@ class TrainingRun:
             updates=self.engine.updates,
             skipped=self.skipped,
             replaced=self.replaced,
+            loss_scale=self.engine.loss_scale,
         )
-        path = checkpoint.save(self.engine, self.folder, state, keep)
-        log.info("saved %s", path)
+        copy = snapshot.take(self.engine)
+        if copy is not None:
+            self._writer.start(copy, state, keep)
+        self.tracker.metrics({"checkpoint_stall_seconds": time.perf_counter() - begin}, self.step)
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint under way is on disk. A collective.
+
+        Raises:
+            OSError: it could not be written, on all ranks alike.
+        """
+        self.heart.beat("waits for the checkpoint under way")
+        error = self.ranks.broadcast(self._writer.wait())
+        if error is not None:
+            raise OSError(error)
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate every `train.eval_every`, before the end; what was evaluated is not again. A collective."""
+        if not 0 < self.step < self.total or not self.due(self.config.train.eval_every):
+            return
+        path = checkpoint.folder_of(self.folder, self.step)
+        if not self.ranks.broadcast(checkpoint.read_evaluation(path) is not None):
+            self.evaluate()
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy of the test-time network, and the decoders' errors, on the validation split. A collective."""
-        weights = checkpoint.gather_weights(self.engine)
+        """Accuracy of the test-time network, and the decoders' errors, on the validation split.
+
+        They are kept in the checkpoint of this step. A collective.
+        """
+        self.heart.beat(f"evaluates step {self.step}")
+        weights = snapshot.gather_weights(self.engine)
         network = build_network(without_imagenet(self.config), len(self.data.classes))
         network.load_state_dict(weights)
         network = network.to(self.ranks.device).to(memory_format=torch.channels_last_3d).eval()
-        accuracy = evaluate_split(network, self.data, self.config, self.ranks)
+        accuracy = evaluate_split(network, self.data, self.config, self.ranks, watched=self._watched)
         values = {"val/top1": accuracy.top1, "val/top5": accuracy.top5, "val/mean_class": accuracy.mean_class}
         if self.config.decoders:
             loader = eval_loader(self.data, self.config, self.ranks, "1x1", with_flow="flow" in self.config.decoders)
-            errors = decoder_errors(network, loader, ranks=self.ranks, precision=self.config.train.precision)
+            batches = self._watched(loader)
+            errors = decoder_errors(network, batches, ranks=self.ranks, precision=self.config.train.precision)
             loader.close()
             values |= {f"val/{name}": value for name, value in errors.items()}
         log.info("step %d, validation: %s", self.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         self.tracker.metrics(values, self.step)
         self._draw(network, accuracy)
+        self.finish_saving()
+        if self.ranks.first:
+            checkpoint.write_evaluation(checkpoint.folder_of(self.folder, self.step), values)
         return values
+
+    def _watched(self, batches: Iterable[ClipBatch]) -> Iterator[ClipBatch]:
+        """The same batches, each of which counts as progress."""
+        for batch in batches:
+            self.heart.move()
+            yield batch
+        self.heart.beat("waits for the other ranks' part of the evaluation")
 
     def _draw(self, network: Rev2Net, accuracy: Metrics) -> None:
         if not self.ranks.first:
@@ -334,6 +408,7 @@ class TrainingRun:
         """Evaluate if the run is complete, and write `result.json`."""
         self.profile.close()
         self.log.close()
+        self.finish_saving()
         finished = self.step >= self.total
         values = self.evaluate() if finished else {}
         if finished:
@@ -401,11 +476,22 @@ def eval_loader(
 
 
 def evaluate_split(
-    network: torch.nn.Module, data: DataSet, config: Config, ranks: Ranks, *, backwards: bool = False
+    network: torch.nn.Module,
+    data: DataSet,
+    config: Config,
+    ranks: Ranks,
+    *,
+    backwards: bool = False,
+    watched: Callable[[Iterable[ClipBatch]], Iterable[ClipBatch]] = iter,
 ) -> Metrics:
-    """Accuracy on the validation split under `eval.views`; every rank gets the result. A collective."""
+    """Accuracy on the validation split under `eval.views`; every rank gets the result. A collective.
+
+    Args:
+        backwards: play every clip in reverse.
+        watched: put around this rank's batches, by a caller that wants to see the progress.
+    """
     loader = eval_loader(data, config, ranks, config.eval.views, backwards=backwards)
-    scores = score(network, loader, device=ranks.device, precision=config.train.precision)
+    scores = score(network, watched(loader), device=ranks.device, precision=config.train.precision)
     loader.close()
     for failure in loader.failed:
         scores.fail(failure.sample, failure.label, failure.reason)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +43,19 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return error
 
     return run
+
+
+@pytest.fixture
+def record() -> Callable[[str, str, str], None]:
+    """Keep one row of the table in docs/reliability.md: the fault, what happened, what was lost."""
+
+    def keep(fault: str, happened: str, lost: str) -> None:
+        table = os.environ.get("REV2NET_CHAOS_TABLE")
+        if table:
+            with Path(table).open("a") as file:
+                file.write(json.dumps({"fault": fault, "happened": happened, "lost": lost}) + "\n")
+
+    return keep
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def start(source: Path, out: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
-def test_twenty_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
+def test_twenty_kills_at_random_moments_change_no_byte(tmp_path: Path, record: Callable[[str, str, str], None]) -> None:
     source = tmp_path / "in"
     for i in range(CLIPS):
         write_video(source / f"class{i % 4}" / f"{i}.mp4", moving(24, 64, 96, step=1 + i % 5, seed=i))
@@ -62,3 +63,8 @@ def test_twenty_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
         assert verify(out) == []
         assert contents(out) == whole, number
     assert interrupted >= KILLS
+    record(
+        f"kill -9 of `rev2net prepare` and its workers at random moments, {interrupted} times, {CLIPS} clips",
+        "each time the same command completes, `verify` passes and every file has the bytes of the undisturbed run",
+        "the clips under way",
+    )

@@ -18,7 +18,7 @@ import torch
 from tiny import TINY
 
 from dataloaders.batch import ClipBatch
-from rev2net import checkpoint
+from rev2net import checkpoint, snapshot
 from rev2net.config import load_config
 from rev2net.train import NonFiniteLossError, TrainingRun
 
@@ -52,11 +52,8 @@ def poisoned(run: TrainingRun) -> Iterator[Any]:
 
 def state(run: TrainingRun) -> dict[str, torch.Tensor]:
     """Everything that a step changes."""
-    return (
-        checkpoint.gather_weights(run.engine)
-        | checkpoint.gather_optimizer(run.engine)
-        | checkpoint.gather_buffers(run.engine)
-    )
+    taken = run.ranks.broadcast(snapshot.take(run.engine))
+    return {**taken.weights, **taken.optimizer, **taken.buffers}
 
 
 class Steep(torch.autograd.Function):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tiny import TINY
 
-from rev2net import checkpoint
+from rev2net import snapshot
 from rev2net.config import load_config
 from rev2net.train import TrainingRun
 
@@ -54,12 +54,13 @@ def main() -> None:
         unbroken = TrainingRun(config)
         before = losses(unbroken, FIRST)
         unbroken.save()
-        weights = checkpoint.gather_weights(unbroken.engine)
+        unbroken.finish_saving()
+        weights = snapshot.gather_weights(unbroken.engine)
         after = losses(unbroken, LAST)
         unbroken.loader.close()
         resumed = TrainingRun(config)
         assert resumed.step == FIRST
-        restored = checkpoint.gather_weights(resumed.engine)
+        restored = snapshot.gather_weights(resumed.engine)
         assert all(torch.equal(weights[name], restored[name]) for name in weights)
         again = losses(resumed, LAST)
         resumed.loader.close()

@@ -1,0 +1,61 @@
+"""P5: checkpoints of two ranks go on on one, and those of one on four. The long form runs under `make chaos`."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from training import Training
+
+Record = Callable[[str, str, str], None]
+
+# Dropout and latent noise are on. Each of the last blocks' normalisations sees 64 numbers of a micro-batch.
+WORDS = (
+    *("train.global_batch=16", "train.micro_batch=4", "data.frames=16", "train.duration=50steps", "optim.lr=1e-4"),
+    *("train.checkpoint_every=10steps", "train.keep_checkpoints=9", "tracking.enabled=true", "train.precision=bf16"),
+)
+CASES = [
+    (f"train.zero_stage={stage}", f"optim.name={name}")
+    for stage, name in itertools.product((0, 1, 2, 3), ("sgd", "adamw"))
+]
+SHORT = CASES[3]
+TOLERANCE = 1e-5
+
+
+def moved(source: Training, step: int, target: Training) -> Training:
+    """The target, with the source's checkpoint of a step to go on from."""
+    name = f"checkpoints/step-{step:08d}"
+    (target.output / "checkpoints").mkdir(parents=True)
+    shutil.copytree(source.output / name, target.output / name)
+    return target
+
+
+def worst(run: Training, whole: Training, first: int, last: int) -> float:
+    """The largest relative difference of the total loss over steps first to last."""
+    mine, theirs = run.history()["loss/total"], whole.history()["loss/total"]
+    return max(abs(mine[step] / theirs[step] - 1) for step in range(first, last + 1))
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "case", [case if case == SHORT else pytest.param(case, marks=pytest.mark.chaos) for case in CASES], ids=" ".join
+)
+def test_p5_two_ranks_then_one_then_four_train_the_same(
+    case: tuple[str, ...], training: Callable[..., Training], record: Record, tmp_path: Path
+) -> None:
+    whole = training(*WORDS, *case, name="two").start().finish()
+    one = moved(whole, 10, training(*WORDS, *case, name="one", ranks=1)).start().finish()
+    assert one.resumed_from() == 10
+    four = moved(one, 30, training(*WORDS, *case, name="four", ranks=4)).start().finish()
+    assert four.resumed_from() == 30
+    on_one, on_four = worst(one, whole, 11, 30), worst(four, whole, 31, 50)
+    assert max(on_one, on_four) <= TOLERANCE
+    words = ", ".join(word.partition("=")[2] for word in case)
+    record(
+        f"other numbers of ranks: 2, from step 10 on 1, from step 30 on 4 ({words}; ZeRO stage first)",
+        f"the loss of the next 20 steps differs by at most {on_one:.0e} and {on_four:.0e} of itself",
+        "no step",
+    )

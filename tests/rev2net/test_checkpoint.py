@@ -1,0 +1,121 @@
+"""P6 on disk: what is kept, what is put aside, and the commands that look at checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import Trained
+
+from rev2net import checkpoint
+from rev2net.checkpoint import CheckpointWriter, RunState
+from rev2net.cli import main
+from rev2net.models import I3D
+from rev2net.snapshot import Snapshot
+
+
+def snapshot(value: float) -> Snapshot:
+    tensors = {"a/b": torch.full((100,), value)}
+    return Snapshot(weights=tensors, optimizer=tensors, buffers=tensors)
+
+
+def state(step: int) -> RunState:
+    return RunState(step=step, run_id=None, classes=("a", "b"), world_size=1, config={}, updates=step)
+
+
+def written(folder: Path, *steps: int, keep: int | None = None) -> list[str]:
+    writer = CheckpointWriter(folder)
+    for step in steps:
+        writer.start(snapshot(step), state(step), keep)
+        assert writer.wait() is None
+    return [path.name[-2:] for path in checkpoint.checkpoints(folder)]
+
+
+def test_p6_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
+    assert written(tmp_path, 1, 2) == ["01", "02"] and checkpoint.best(tmp_path) is None
+    first, second = checkpoint.checkpoints(tmp_path)
+    assert checkpoint.write_evaluation(first, {"val/top1": 0.5})
+    assert not checkpoint.write_evaluation(second, {"val/top1": 0.5})
+    assert written(tmp_path, 3, 4, 5, keep=2) == ["01", "04", "05"]
+    fifth = checkpoint.find(tmp_path)
+    assert checkpoint.write_evaluation(fifth, {"val/top1": 0.6})
+    assert checkpoint.find(tmp_path / "best") == fifth == checkpoint.find(tmp_path / "latest")
+    assert written(tmp_path, 6, 7, keep=1) == ["05", "07"]
+    assert checkpoint.find(tmp_path / "best") == fifth
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "no state", "file gone"])
+def test_p6_a_damaged_checkpoint_is_put_aside(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(tmp_path, 1, 2)
+    newest = checkpoint.find(tmp_path)
+    file = newest / "optimizer.safetensors"
+    if how == "truncated":
+        os.truncate(file, 100)
+    elif how == "flipped":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif how == "no state":
+        (newest / "state.json").write_text("{")
+    else:
+        file.unlink()
+    (tmp_path / ".step-00000003.partial").mkdir()
+    found = checkpoint.recover(tmp_path)
+    assert found is not None and found.name == "step-00000001"
+    assert "step-00000002 is damaged" in caplog.text
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".damaged-step-00000002", "latest", "step-00000001"]
+    # The run comes there again.
+    assert written(tmp_path, 2) == ["01", "02"] and checkpoint.recover(tmp_path) == newest
+
+
+def test_p6_what_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    written(tmp_path, 1)
+    (tmp_path / ".step-00000002.partial").write_text("not a folder")
+    writer = CheckpointWriter(tmp_path)
+    writer.start(snapshot(2), state(2), None)
+    error = writer.wait()
+    assert error is not None and "could not be written" in error and not writer.failed
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000001"]
+
+
+def test_show_and_verify(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint", "show", str(trained.output)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["checkpoint", "step-00000003", "step-00000006"]
+    assert "latest, best" in lines[2] and "ZeRO-1, bf16, adamw" in lines[2] and "%" in lines[2]
+    assert main(["checkpoint", "show", str(trained.output / "checkpoints" / "best")]) == 0
+    assert '"zero_stage": 1' in capsys.readouterr().out
+    assert main(["checkpoint", "verify", str(trained.output)]) == 0
+    assert capsys.readouterr().out.count(": ok") == 2
+    shutil.copytree(trained.output / "checkpoints", tmp_path / "checkpoints")
+    os.truncate(tmp_path / "checkpoints" / "step-00000003" / "weights.safetensors", 1000)
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 1
+    assert "weights.safetensors has 1000 bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_exported_weights_are_those_of_a_bare_i3d(trained: Trained, tmp_path: Path, ending: str) -> None:
+    out = tmp_path / f"i3d.{ending}"
+    assert main(["checkpoint", "export-weights", str(trained.output), str(out)]) == 0
+    weights = load_file(out) if ending == "safetensors" else torch.load(out, weights_only=True)
+    I3D(8, width=0.25).load_state_dict(weights)
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+    whole = tmp_path / "all.safetensors"
+    assert main(["checkpoint", "export-weights", str(trained.output), str(whole), "--all"]) == 0
+    assert load_file(whole).keys() > {f"encoder.{name}" for name in weights}
+
+
+def test_p12_mistakes_are_one_sentence(trained: Trained, tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert "no checkpoint at" in refused("checkpoint", "show", str(tmp_path))
+    assert "neither .safetensors nor .pt" in refused("checkpoint", "export-weights", str(trained.output), "x.onnx")
+    assert "is no folder" in refused("checkpoint", "export-weights", str(trained.output), f"{tmp_path}/a/x.pt")
+    old = tmp_path / "step-00000001"
+    old.mkdir()
+    (old / "state.json").write_text(json.dumps({"format": 2}))
+    assert "another checkpoint format" in refused("checkpoint", "show", str(old))
