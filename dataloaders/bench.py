@@ -102,7 +102,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `rev2net bench loader`."""
     parser.description = "Clips per second of each backend beside its own decoder."
     parser.epilog = "example: rev2net bench loader data/ucf101 --frames 32 --size 224 --workers 8 --device cuda"
-    parser.add_argument("data", type=Path, help="a prepared data set")
+    parser.add_argument("data", help="a prepared data set: folder or URL")
     parser.add_argument("--split", default="train")
     parser.add_argument("--frames", type=int, default=32, help="frames of a clip (default: 32)")
     parser.add_argument("--size", type=int, default=224, help="height and width of a clip (default: 224)")

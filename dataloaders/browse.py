@@ -44,7 +44,13 @@ class BrowseReport:
 
 
 def browse(
-    folder: Path, out: Path, *, split: str | None = None, limit: int | None = None, frames: int = 4, workers: int = 1
+    location: str | Path,
+    out: Path,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    frames: int = 4,
+    workers: int = 1,
 ) -> BrowseReport:
     """Write the page, whole or not at all.
 
@@ -52,7 +58,7 @@ def browse(
     pixels per frame or more are full), label, source, length. The page holds its pictures and needs no network.
 
     Args:
-        folder: a prepared data set.
+        location: folder or URL of a prepared data set.
         out: the HTML file.
         split: only this one.
         limit: the first so many samples of every split, in the order of the shards, which is random.
@@ -67,7 +73,7 @@ def browse(
             raise UserError(f"{name} is {value}; give 1 or more")
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"output {out} is no .html file; give a name that ends in .html")
-    data = DataSet.open(folder)
+    data = DataSet.open(location)
     splits = data.splits if split is None else (split,)
     total = sum(min(data.num_samples(s), limit or data.num_samples(s)) for s in splits)
     failed = 0
@@ -80,7 +86,7 @@ def browse(
             yield card
 
     with Progress(total, "clip") as progress:
-        write_page(out, folder.resolve().name, told())
+        write_page(out, Path(location).resolve().name, told())
     return BrowseReport(samples=total, failed=failed)
 
 
@@ -113,7 +119,7 @@ def _cards(
         for split in splits:
             left = limit or data.num_samples(split)
             for shard in data.shards(split):
-                with ShardReader(shard.path) as reader:
+                with shard.open() as reader:
                     count = min(left, len(reader))
                     left -= count
                     # A few at a time: what is decoded waits in memory until it is written.
@@ -171,7 +177,7 @@ def add_browse_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `rev2net browse` to a parser."""
     parser.description = "Write one HTML page with frames, flow, label and source of every sample; needs no network."
     parser.epilog = "example: rev2net browse data sheet.html --split val"
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder that `rev2net prepare` made")
+    parser.add_argument("data", metavar="DATA", help="folder that `rev2net prepare` made, or its URL")
     parser.add_argument("out", type=Path, metavar="OUT.html", help="page to write")
     parser.add_argument("--split", help="only this split")
     parser.add_argument("--limit", type=int, help="the first so many samples of every split")

@@ -16,7 +16,7 @@ import torch
 from dataloaders.batch import Backend
 from dataloaders.errors import UserError
 from dataloaders.plan import ClipShape
-from dataloaders.shards import DataSet, ShardReader
+from dataloaders.shards import DataSet, ShardInfo, ShardReader
 
 BackendName = Literal["auto", "dali", "pyav"]
 
@@ -38,27 +38,32 @@ class Lane:
         self._readers: OrderedDict[Path, ShardReader] = OrderedDict()
         self._entries = 0
 
-    def reader(self, path: Path) -> ShardReader:
-        """The shard's reader; those used longest ago are closed."""
-        reader = self._readers.get(path)
+    def reader(self, shard: ShardInfo) -> ShardReader:
+        """The shard's reader; those used longest ago are closed. Errors of `ShardInfo.open`."""
+        reader = self._readers.get(shard.path)
         if reader is None:
-            reader = ShardReader(path)
-            self._readers[path] = reader
+            if shard.cache is not None:
+                # What was removed from the cache would go on taking the space that it was removed for.
+                for path in [path for path, other in self._readers.items() if other.removed]:
+                    self._close_reader(path)
+            reader = shard.open()
+            self._readers[shard.path] = reader
             self._entries += len(reader)
-        self._readers.move_to_end(path)
+        self._readers.move_to_end(shard.path)
         while len(self._readers) > 1 and (len(self._readers) > _MAX_OPEN_SHARDS or self._entries > _MAX_OPEN_ENTRIES):
-            _, oldest = self._readers.popitem(last=False)
-            self._entries -= len(oldest)
-            oldest.close()
+            self._close_reader(next(iter(self._readers)))
         return reader
+
+    def _close_reader(self, path: Path) -> None:
+        reader = self._readers.pop(path)
+        self._entries -= len(reader)
+        reader.close()
 
     def close(self) -> None:
         """Close the shards and the backend."""
         self.backend.close()
-        for reader in self._readers.values():
-            reader.close()
-        self._readers.clear()
-        self._entries = 0
+        for path in list(self._readers):
+            self._close_reader(path)
 
 
 class Ahead(Generic[Task, Result]):

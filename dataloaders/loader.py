@@ -20,12 +20,15 @@ from dataloaders.keyed import Purpose, hash64
 from dataloaders.lanes import Ahead, BackendName, Lane, make_lanes
 from dataloaders.order import GlobalOrder
 from dataloaders.plan import Augment, ClipPlan, ClipShape, Views, test_views, train_plan, whole_video
-from dataloaders.samples import Samples
+from dataloaders.samples import FetchAhead, Samples
 from dataloaders.shards import DataSet, SampleInfo
 
 log = logging.getLogger(__name__)
 
 _REPLACEMENT_TRIES = 20
+
+FETCH_STEPS, FETCH_VIDEOS = 64, 64
+"""How far before the consumer the shards of a remote data set are fetched: optimizer steps, videos of an evaluation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +117,7 @@ class TrainLoader:
             shape=shape,
             with_flow=with_flow,
         )
+        self._fetch = FetchAhead(self._source, self._order)
         self._ahead = Ahead(self._lanes, self._load, self._tasks(start_step), max(prefetch, len(self._lanes)))
         self.failures: list[tuple[str, str]] = []
         self.num_samples = self._order.num_samples
@@ -148,6 +152,7 @@ class TrainLoader:
 
     def close(self) -> None:
         """Stop the threads; iterating further raises StopIteration."""
+        self._fetch.close()
         self._ahead.close()
         for lane in self._lanes:
             lane.close()
@@ -160,11 +165,18 @@ class TrainLoader:
 
     def _tasks(self, step: int) -> Iterator[range]:
         """Positions of one micro-batch after the other."""
+        for early in range(step, step + FETCH_STEPS):
+            self._fetch.want(self._positions(early))
         while True:
-            start = step * self._global_batch + self._first_slot
+            self._fetch.want(self._positions(step + FETCH_STEPS))
+            start = self._positions(step).start
             for offset in range(0, self._rank_batch, self._micro_batch):
                 yield range(start + offset, start + offset + self._micro_batch)
             step += 1
+
+    def _positions(self, step: int) -> range:
+        start = step * self._global_batch + self._first_slot
+        return range(start, start + self._rank_batch)
 
     def _load(self, lane: Lane, positions: range) -> _Loaded:
         failures: list[tuple[str, str]] = []
@@ -266,6 +278,7 @@ class EvalLoader:
         count = self._order.num_samples
         self._videos = range(rank * count // world_size, (rank + 1) * count // world_size)
         self._prefetch = prefetch
+        self._fetch = FetchAhead(self._source, self._order)
         self._lanes = make_lanes(
             dataset,
             backend=backend,
@@ -308,6 +321,7 @@ class EvalLoader:
 
     def close(self) -> None:
         """Stop the threads."""
+        self._fetch.close()
         for lane in self._lanes:
             lane.close()
 
@@ -321,8 +335,13 @@ class EvalLoader:
         """(video, view) of one batch after the other."""
         views = self._views.count
         clips = range(self._videos.start * views, self._videos.stop * views)
+        wanted = self._videos.start
         for start in range(clips.start, clips.stop, self._batch_size):
-            yield [divmod(clip, views) for clip in clips[start - clips.start :][: self._batch_size]]
+            task = [divmod(clip, views) for clip in clips[start - clips.start :][: self._batch_size]]
+            until = min(task[-1][0] + FETCH_VIDEOS, self._videos.stop)
+            self._fetch.want(range(wanted, until))
+            wanted = max(wanted, until)
+            yield task
 
     def _load(self, lane: Lane, clips: list[tuple[int, int]]) -> _Loaded:
         requests: list[ClipRequest] = []

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Iterable
+from queue import SimpleQueue
+
 from dataloaders.batch import ClipRequest
 from dataloaders.errors import DecodeError, UserError
 from dataloaders.lanes import Lane
-from dataloaders.order import Location
+from dataloaders.order import GlobalOrder, Location
 from dataloaders.plan import ClipPlan, ClipShape
 from dataloaders.shards import (
     FLOW_EXTENSION,
@@ -16,9 +21,17 @@ from dataloaders.shards import (
     ShardReader,
 )
 
+log = logging.getLogger(__name__)
+
+_PAUSE = 10.0
+"""Seconds without fetching ahead after an error."""
+
 
 class Samples:
     """Reads the samples of a split.
+
+    Attributes:
+        remote: whether shards have to be fetched.
 
     Raises:
         UserError: the data set has no such split, or no flow where flow is wanted.
@@ -27,16 +40,17 @@ class Samples:
     def __init__(self, dataset: DataSet, split: str, *, with_flow: bool) -> None:
         if with_flow and not dataset.has_flow:
             raise UserError(
-                f"data set {dataset.folder} holds no flow, but flow is wanted; prepare it with flow or choose a "
+                f"data set {dataset.location} holds no flow, but flow is wanted; prepare it with flow or choose a "
                 "configuration without a flow decoder or flow stream"
             )
+        self.remote = dataset.remote
         self._shards = dataset.shards(split)
         self.shard_sizes = [shard.samples for shard in self._shards]
         self._extensions = (RGB_EXTENSION, INFO_EXTENSION) + ((FLOW_EXTENSION,) if with_flow else ())
 
     def read(self, lane: Lane, place: Location) -> tuple[SampleInfo, dict[str, bytes]]:
         """The sample's description and videos; DecodeError for a damaged shard or sample."""
-        reader = lane.reader(self._shards[place.shard].path)
+        reader = lane.reader(self._shards[place.shard])
         key = _key(reader, place)
         parts = reader.read(place.index_in_shard, self._extensions)
         for extension in self._extensions:
@@ -47,10 +61,14 @@ class Samples:
             raise DecodeError(key, "its json speaks of a video without frames")
         return info, parts
 
+    def fetch(self, place: Location) -> None:
+        """Have the sample's shard on this machine; see `ShardInfo.fetch`."""
+        self._shards[place.shard].fetch()
+
     def label(self, lane: Lane, place: Location) -> int:
         """The label of a sample that cannot be read in full; -1 where its json cannot be read either."""
         try:
-            reader = lane.reader(self._shards[place.shard].path)
+            reader = lane.reader(self._shards[place.shard])
             data = reader.read(place.index_in_shard, (INFO_EXTENSION,))[INFO_EXTENSION]
             return SampleInfo.from_json("", data).label
         except (DecodeError, LookupError):
@@ -76,6 +94,44 @@ class Samples:
             sample=place.sample,
             view=view,
         )
+
+
+class FetchAhead:
+    """Fetches the shards of positions that come later, so that no lane has to wait for one.
+
+    One thread, and none for a data set that is on this machine. The thread ends with the process, also in the middle
+    of a shard: one in the cache is whole or absent.
+    """
+
+    def __init__(self, source: Samples, order: GlobalOrder) -> None:
+        self._source = source
+        self._order = order
+        self._wanted: SimpleQueue[Iterable[int]] = SimpleQueue()
+        self._closed = threading.Event()
+        if source.remote:
+            threading.Thread(target=self._work, name="fetch-ahead", daemon=True).start()
+
+    def want(self, positions: Iterable[int]) -> None:
+        """Fetch the shards of these after those that are wanted already."""
+        if self._source.remote:
+            self._wanted.put(positions)
+
+    def close(self) -> None:
+        """Fetch nothing more than the shard in hand."""
+        self._closed.set()
+        self._wanted.put(())
+
+    def _work(self) -> None:
+        while not self._closed.is_set():
+            for position in self._wanted.get():
+                if self._closed.is_set():
+                    return
+                try:
+                    self._source.fetch(self._order.locate(position))
+                except (OSError, RuntimeError, UserError) as error:
+                    # A lane will need the shard soon, and has more patience; what fails there is raised.
+                    log.debug("not fetched ahead: %s", error)
+                    self._closed.wait(_PAUSE)
 
 
 def _key(reader: ShardReader, place: Location) -> str:

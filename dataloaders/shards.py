@@ -13,6 +13,8 @@ import io
 import json
 import os
 import platform
+import re
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 from webdataset.writer import TarWriter
 
 from dataloaders.errors import DecodeError, UserError
+from dataloaders.remote import CACHE_GB, ShardCache, default_cache, is_url, read_url
 
 FORMAT = 1
 MANIFEST = "dataset.json"
@@ -84,10 +87,53 @@ class SampleInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardInfo:
-    """One shard of a split: where its tar lies and how many samples it holds."""
+    """One shard of a split.
+
+    Attributes:
+        path: of its tar; of a remote data set's shard, in the cache, where it need not be at the moment.
+        samples: how many it holds.
+        bytes, sha256: of the tar.
+        cache: of a remote data set, else None.
+    """
 
     path: Path
     samples: int
+    bytes: int
+    sha256: str
+    cache: ShardCache | None = None
+
+    def open(self) -> ShardReader:
+        """A reader, for which a remote shard is fetched first; errors of `ShardReader` and `ShardCache.hold`."""
+        if self.cache is None:
+            return ShardReader(self.path)
+        with self.cache.hold(self.path.name, size=self.bytes, sha256=self.sha256) as path:
+            _index(path)
+            return ShardReader(path)
+
+    def fetch(self) -> None:
+        """Have a remote shard here, and make it the last to be removed; errors of `ShardCache.hold`, after one try."""
+        if self.cache is not None:
+            with self.cache.hold(self.path.name, size=self.bytes, sha256=self.sha256, patient=False) as path:
+                _index(path)
+
+
+def _index(path: Path) -> None:
+    """Make the index of a fetched tar, unless it is there.
+
+    The tar's hash was checked, the server's own index has none.
+    """
+    if index_path(path).exists():
+        return
+    samples: dict[str, list[str]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key = _split_key(member.name)
+                column = f"{member.name[len(key) + 1 :]} {member.offset_data} {member.size} {member.name}"
+                samples.setdefault(key, []).append(column)
+    except (tarfile.TarError, ValueError) as error:
+        raise UserError(f"{path.name} is no tar of samples ({error}); prepare the data set again") from error
+    write_atomically(index_path(path), _index_text([" ".join(columns) for columns in samples.values()]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,44 +147,55 @@ class ShardEntry:
 
 
 class DataSet:
-    """A prepared data set; opening reads the manifest and nothing else."""
+    """A prepared data set; opening reads the manifest and nothing else.
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], fingerprint: str) -> None:
+    Attributes:
+        location: the folder or URL.
+        remote: whether its shards come over the network.
+    """
+
+    def __init__(
+        self, location: str, folder: Path, manifest: Mapping[str, Any], fingerprint: str, cache: ShardCache | None
+    ) -> None:
+        self.location = location
         self.folder = folder
         self.manifest = manifest
+        self.remote = cache is not None
         self._fingerprint = fingerprint
-        self._shards = {
-            split: tuple(ShardInfo(path=folder / shard["file"], samples=shard["samples"]) for shard in entry["shards"])
-            for split, entry in manifest["splits"].items()
-        }
+        try:
+            self._shards = {
+                split: tuple(_shard_info(shard, location, folder, cache) for shard in entry["shards"])
+                for split, entry in manifest["splits"].items()
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{MANIFEST} of {location} is damaged ({error!r}); prepare the data set again") from error
 
     @classmethod
-    def open(cls, folder: str | Path) -> DataSet:
-        """Open a data set folder.
+    def open(cls, location: str | Path, *, cache: str | Path | None = None, cache_gb: float = CACHE_GB) -> DataSet:
+        """Open a data set.
+
+        Args:
+            location: a folder, or a URL that fsspec understands.
+            cache: of a remote data set's shards, a folder on this machine; the user's cache directory by default.
+            cache_gb: what that folder may hold, in 10^9 bytes.
 
         Raises:
-            UserError: the folder is missing, holds no manifest, or a manifest of an unknown format.
+            UserError: the data set is missing, has no manifest, or a damaged one or one of an unknown format; no
+                package for the URL is installed; the cache cannot be made.
+            RuntimeError: the server cannot be reached.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise UserError(f"data set folder {folder} does not exist; make it with `rev2net prepare`")
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise UserError(
-                f"{folder} holds no {MANIFEST}, so it is no finished data set; make it with `rev2net prepare`"
-            )
-        data = path.read_bytes()
-        try:
-            manifest = json.loads(data)
-            known = manifest["format"] == FORMAT
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error!r}); prepare the data set again") from error
-        if not known:
-            raise UserError(
-                f"{path} has format {manifest['format']!r}, this version reads format {FORMAT}; "
-                "prepare the data set again or use the version that wrote it"
-            )
-        return cls(folder, manifest, hashlib.sha256(data).hexdigest())
+        if not is_url(location):
+            folder = Path(location)
+            data = _read_manifest(folder)
+            manifest = _parse_manifest(data, str(folder / MANIFEST))
+            return cls(str(location), folder, manifest, hashlib.sha256(data).hexdigest(), None)
+        url = str(location).rstrip("/")
+        data = read_url(f"{url}/{MANIFEST}")
+        manifest = _parse_manifest(data, f"{url}/{MANIFEST}")
+        fingerprint = hashlib.sha256(data).hexdigest()
+        place = default_cache() if cache is None else Path(cache).expanduser()
+        kept = ShardCache(url, folder=place, limit=round(cache_gb * 1e9), fingerprint=fingerprint)
+        return cls(url, kept.folder, manifest, fingerprint, kept)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -168,7 +225,9 @@ class DataSet:
     def shards(self, split: str) -> tuple[ShardInfo, ...]:
         """The split's shards in their order on disk; UserError for an unknown split."""
         if split not in self._shards:
-            raise UserError(f"data set {self.folder} has no split {split!r}; it has {', '.join(self.splits) or 'none'}")
+            raise UserError(
+                f"data set {self.location} has no split {split!r}; it has {', '.join(self.splits) or 'none'}"
+            )
         return self._shards[split]
 
     def num_samples(self, split: str) -> int:
@@ -178,6 +237,42 @@ class DataSet:
     def fingerprint(self) -> str:
         """Hash of the manifest, which holds the hash of every shard."""
         return self._fingerprint
+
+
+def _read_manifest(folder: Path) -> bytes:
+    if not folder.is_dir():
+        raise UserError(f"data set folder {folder} does not exist; make it with `rev2net prepare`")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {MANIFEST}, so it is no finished data set; make it with `rev2net prepare`")
+    return path.read_bytes()
+
+
+def _parse_manifest(data: bytes, path: str) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(data)
+        known = manifest["format"] == FORMAT
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); prepare the data set again") from error
+    if not known:
+        raise UserError(
+            f"{path} has format {manifest['format']!r}, this version reads format {FORMAT}; "
+            "prepare the data set again or use the version that wrote it"
+        )
+    return manifest
+
+
+def _shard_info(shard: Mapping[str, Any], location: str, folder: Path, cache: ShardCache | None) -> ShardInfo:
+    name = shard["file"]
+    # It must not lead out of the data set's folder or the cache.
+    if re.fullmatch(r"[^/\\\x00]+\.tar", name) is None:
+        raise UserError(
+            f"{MANIFEST} of {location} names the shard {name!r}, which is no plain file name ending in .tar; "
+            "do not use this data set, or prepare it again"
+        )
+    return ShardInfo(
+        path=folder / name, samples=shard["samples"], bytes=shard["bytes"], sha256=shard["sha256"], cache=cache
+    )
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -262,8 +357,7 @@ class ShardWriter:
     def _finish(self) -> None:
         self._tar.close()
         self._file.close()
-        text = f"{_INDEX_VERSION} {len(self._lines)}\n" + "".join(f"{line}\n" for line in self._lines)
-        write_atomically(index_path(self._path), text.encode())
+        write_atomically(index_path(self._path), _index_text(self._lines))
         self._aside.replace(self._path)
         self.entry = ShardEntry(
             file=self._path.name,
@@ -324,6 +418,11 @@ class ShardReader:
             parts[extension] = data
         return parts
 
+    @property
+    def removed(self) -> bool:
+        """Whether the tar has no name any more; it can still be read, and takes its space until it is closed."""
+        return os.fstat(self._descriptor).st_nlink == 0
+
     def components(self) -> list[tuple[str, int, int]]:
         """Name, offset and size of every file the index lists, in order."""
         return [(name, offset, size) for line in self._lines for _, offset, size, name in _components(line)]
@@ -344,6 +443,10 @@ class ShardReader:
 def index_path(shard: Path) -> Path:
     """Where the index of a shard lies."""
     return shard.with_suffix(".idx")
+
+
+def _index_text(lines: Sequence[str]) -> bytes:
+    return (f"{_INDEX_VERSION} {len(lines)}\n" + "".join(f"{line}\n" for line in lines)).encode()
 
 
 def shard_name(split: str, number: int) -> str:

@@ -6,10 +6,10 @@ import argparse
 import hashlib
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,10 +18,20 @@ from dataloaders.errors import DecodeError, UserError
 from dataloaders.lanes import choose_backend
 from dataloaders.plan import ClipPlan, ClipShape
 from dataloaders.prepare import Progress
-from dataloaders.shards import FLOW_EXTENSION, INFO_EXTENSION, RGB_EXTENSION, DataSet, SampleInfo, ShardReader
+from dataloaders.remote import DamagedShardError
+from dataloaders.shards import (
+    FLOW_EXTENSION,
+    INFO_EXTENSION,
+    RGB_EXTENSION,
+    DataSet,
+    SampleInfo,
+    ShardInfo,
+    index_path,
+)
 from dataloaders.video import StoredVideo, decode_luma, inspect_video
 
 _READ_BYTES = 2**20
+_NO_BOUND = 1e9
 _WINDOW = 64
 _SMALL = 32
 """Frames in one call of DALI, and the size that they are shrunk to: only whether they decode is of interest."""
@@ -30,24 +40,31 @@ Decoder = Callable[[Mapping[str, bytes], SampleInfo], Iterator[str]]
 """Decodes every frame of a sample's videos; yields what is wrong, raises DecodeError at a frame that cannot be."""
 
 
-def verify(folder: Path, deep: bool = False) -> list[str]:
+def verify(location: str | Path, deep: bool = False) -> list[str]:
     """Compare every shard and every sample with the manifest.
 
     Checked are sizes and hashes of the shards, the index against the tar, the number of samples, and of
     every sample its parts, label, picture sizes, frame count, codec, and that flow is tagged full range in
-    its bitstream; and that no class is without a sample to learn from.
+    its bitstream; and that no class is without a sample to learn from. Of a remote data set every shard is fetched,
+    whatever a cache holds, and the index is the one that training makes of the tar.
 
     Args:
+        location: folder or URL.
         deep: also decode every frame, with PyAV and, where training would take it here, with DALI.
 
     Returns:
         One sentence per problem; empty when all is well.
 
     Raises:
-        UserError: the folder holds no data set.
+        UserError: there is no data set.
+        RuntimeError: a remote one's server cannot be reached.
     """
-    data = DataSet.open(folder)
-    entries = [(split, shard) for split, entry in data.manifest["splits"].items() for shard in entry["shards"]]
+    with tempfile.TemporaryDirectory(prefix="rev2net-verify-") as aside:
+        return _problems(DataSet.open(location, cache=aside, cache_gb=_NO_BOUND), deep)
+
+
+def _problems(data: DataSet, deep: bool) -> list[str]:
+    shards = [(split, shard) for split in data.splits for shard in data.shards(split)]
     problems: list[str] = []
     labels: dict[str, set[int]] = {split: set() for split in data.splits}
     for split, entry in data.manifest["splits"].items():
@@ -56,9 +73,12 @@ def verify(folder: Path, deep: bool = False) -> list[str]:
                 f"split {split}: {entry['samples']} samples in all, {data.num_samples(split)} in its shards"
             )
     decoders = _decoders(data) if deep else []
-    with Progress(len(entries), "shard") as progress:
-        for split, shard in entries:
+    with Progress(len(shards), "shard") as progress:
+        for split, shard in shards:
             problems += _shard_problems(data, shard, decoders, labels[split])
+            if data.remote:
+                shard.path.unlink(missing_ok=True)
+                index_path(shard.path).unlink(missing_ok=True)
             progress.step()
     if problems:  # They may hide samples.
         return problems
@@ -96,23 +116,21 @@ def _decode_windows(backend: Backend, parts: Mapping[str, bytes], info: SampleIn
             yield f"DALI gives {raw.frames.shape[1]} of the frames {frames[0]} to {frames[-1]}"
 
 
-def _shard_problems(
-    data: DataSet, shard: Mapping[str, Any], decoders: Sequence[Decoder], labels: set[int]
-) -> Iterator[str]:
-    path, name = data.folder / shard["file"], shard["file"]
+def _shard_problems(data: DataSet, shard: ShardInfo, decoders: Sequence[Decoder], labels: set[int]) -> Iterator[str]:
+    path, name = shard.path, shard.path.name
     try:
-        reader = ShardReader(path)
-    except UserError as error:
+        reader = shard.open()
+    except (UserError, DamagedShardError) as error:
         yield str(error)
         return
     with reader:
         size = path.stat().st_size
-        if size != shard["bytes"]:
-            yield f"{name}: {size} bytes, the manifest says {shard['bytes']}"
-        elif _sha256(path) != shard["sha256"]:
+        if size != shard.bytes:
+            yield f"{name}: {size} bytes, the manifest says {shard.bytes}"
+        elif _sha256(path) != shard.sha256:
             yield f"{name}: its content has changed since it was written (sha256 differs)"
-        if len(reader) != shard["samples"]:
-            yield f"{name}: {len(reader)} samples in the index, the manifest says {shard['samples']}"
+        if len(reader) != shard.samples:
+            yield f"{name}: {len(reader)} samples in the index, the manifest says {shard.samples}"
         if reader.components() != _members(path):
             yield f"{name}: the index does not match the tar"
         for index in range(len(reader)):
@@ -181,7 +199,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Check a prepared data set: hashes, indexes, counts, tags, and with --deep every frame."
     parser.epilog = "examples:\n  rev2net verify data\n  rev2net verify data --deep"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder that `rev2net prepare` made")
+    parser.add_argument("data", metavar="DATA", help="folder that `rev2net prepare` made, or its URL")
     parser.add_argument("--deep", action="store_true", help="decode every frame of every video")
 
 

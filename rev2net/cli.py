@@ -89,7 +89,7 @@ def _mount(commands: argparse._SubParsersAction[_Parser], name: str, summary: st
 
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, or one of its checkpoints")
-    parser.add_argument("data", metavar="DATA", help="folder that `rev2net prepare` made")
+    parser.add_argument("data", metavar="DATA", help="folder that `rev2net prepare` made, or its URL")
     parser.add_argument("--split", default="val")
     parser.add_argument("--views", default="10x3", help="CLIPSxCROPS or whole (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="clips of one forward pass")

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dataloaders.errors import UserError
 from dataloaders.plan import Views
+from dataloaders.remote import CACHE_GB
 from rev2net.losses import DDP, KLReduction, Objective, Reduction
 
 
@@ -30,7 +31,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     """What to train and evaluate on."""
 
-    path: str = Field(description="folder made by `rev2net prepare`")
+    path: str = Field(description="folder made by `rev2net prepare`, or its URL (s3://, gs://, http://, ...)")
     train_split: str = "train"
     val_split: str = "val"
     frames: int = Field(32, gt=0, description="frames of a clip (T)")
@@ -56,6 +57,10 @@ class LoaderConfig(Section):
     workers: int = Field(2, gt=0, description="decoding threads of a rank")
     prefetch: int = Field(4, gt=0, description="micro-batches decoded ahead")
     pipelines_per_gpu: int = Field(1, gt=0, description="DALI pipelines of a rank (one feeds one NVDEC unit)")
+    cache: str | None = Field(
+        None, description="folder on a disk of this machine for shards of a remote data set; null = in ~/.cache/rev2net"
+    )
+    cache_gb: float = Field(CACHE_GB, gt=0, description="what that folder may hold, in 10^9 bytes")
     max_bad: float = Field(
         0.01, ge=0, le=1, description="share of the last 1,000 clips that may fail to decode; 4 always may"
     )

@@ -435,9 +435,9 @@ def open_data(config: Config) -> DataSet:
     """The data set, checked against what the configuration wants of it.
 
     Raises:
-        UserError: no such folder, no such split, no flow where the flow decoder needs it, too few samples.
+        UserError: no such folder or URL, no such split, no flow where the flow decoder needs it, too few samples.
     """
-    data = DataSet.open(config.data.path)
+    data = DataSet.open(config.data.path, cache=config.loader.cache, cache_gb=config.loader.cache_gb)
     for split in (config.data.train_split, config.data.val_split):
         data.shards(split)
     if "flow" in config.decoders and not data.has_flow:
