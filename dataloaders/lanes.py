@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -24,6 +26,9 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
+
+STALL_SECONDS = 60.0
+"""A batch that takes longer than this is spoken of, and again each time it has taken as long."""
 
 _MAX_OPEN_SHARDS = 256
 _MAX_OPEN_ENTRIES = 100_000
@@ -69,8 +74,9 @@ class Lane:
 class Ahead(Generic[Task, Result]):
     """Iterator over `work(lane, task)` for all tasks in order, with up to `ahead` of them under way.
 
-    Task i runs on lane i mod len(lanes). An exception in a lane is raised where its result would come. The threads
-    belong to concurrent.futures, so that the interpreter ends with the tasks in hand also without `close`.
+    Task i runs on lane i mod len(lanes). An exception in a lane is raised where its result would come, a task that
+    does not end is named in the log. The threads belong to concurrent.futures, so that the interpreter ends with the
+    tasks in hand also without `close`.
     """
 
     def __init__(
@@ -81,7 +87,8 @@ class Ahead(Generic[Task, Result]):
         self._tasks = iter(tasks)
         self._ahead = max(1, ahead)
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"lane-{i}") for i in range(len(lanes))]
-        self._under_way: deque[Future[Result]] = deque()
+        self._under_way: deque[tuple[int, Task, Future[Result]]] = deque()
+        self._idents: dict[int, int] = {}
         self._started = 0
         self._closed = False
         self.wait_seconds = 0.0
@@ -98,7 +105,7 @@ class Ahead(Generic[Task, Result]):
             raise StopIteration
         begin = time.perf_counter()
         try:
-            result = self._under_way[0].result()
+            result = self._wait(*self._under_way[0])
         except BaseException:
             self.close()
             raise
@@ -115,7 +122,23 @@ class Ahead(Generic[Task, Result]):
                 return
             turn = self._started % len(self._lanes)
             self._started += 1
-            self._under_way.append(self._threads[turn].submit(self._work, self._lanes[turn], task))
+            self._under_way.append((turn, task, self._threads[turn].submit(self._run, turn, task)))
+
+    def _run(self, turn: int, task: Task) -> Result:
+        self._idents[turn] = threading.get_ident()
+        return self._work(self._lanes[turn], task)
+
+    def _wait(self, turn: int, task: Task, future: Future[Result]) -> Result:
+        begin = time.perf_counter()
+        while not wait([future], timeout=STALL_SECONDS).done:
+            log.warning(
+                "the next batch has not come for %.0f s: thread lane-%d, at work on %s, stands at %s",
+                time.perf_counter() - begin,
+                turn,
+                task,
+                _position(self._idents.get(turn)),
+            )
+        return future.result()
 
     def close(self) -> None:
         """Drop the tasks that have not begun and wait for those that have."""
@@ -123,6 +146,17 @@ class Ahead(Generic[Task, Result]):
         self._under_way.clear()
         for thread in self._threads:
             thread.shutdown(cancel_futures=True)
+
+
+def _position(ident: int | None) -> str:
+    """Where a thread stands: file, line and function of the innermost frame of this package."""
+    frame = None if ident is None else sys._current_frames().get(ident)
+    package = str(Path(__file__).parent)
+    while frame is not None and not frame.f_code.co_filename.startswith(package):
+        frame = frame.f_back
+    if frame is None:
+        return "an unknown place"
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
 def make_lanes(

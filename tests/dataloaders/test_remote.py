@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -24,7 +26,7 @@ import pytest
 import torch
 from tiny_data import make_dataset
 
-from dataloaders import remote
+from dataloaders import lanes, remote
 from dataloaders.bench import add_bench_arguments, run_bench
 from dataloaders.browse import browse
 from dataloaders.errors import DecodeError, UserError
@@ -454,3 +456,25 @@ def test_the_commands_take_urls(
     assert run_bench(parser.parse_args([server.url, *options])) == 0
     assert "pyav" in capsys.readouterr().out
     assert len(kept(tmp_path / "home" / "rev2net")) == 4
+
+
+def test_p10_a_lane_that_does_not_come_on_is_named_with_its_place(
+    local: DataSet, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another holds the lock of the shard that a lane wants."""
+    monkeypatch.setattr(lanes, "STALL_SECONDS", 0.1)
+    data = DataSet.open(local.folder.as_uri(), cache=cache)
+    held = [os.open(shard.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT) for shard in data.shards("train")]
+    for descriptor in held:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+    def release() -> None:
+        until(lambda: caplog.text.count("has not come") >= 2)
+        for descriptor in held:
+            os.close(descriptor)
+
+    releasing = threading.Thread(target=release)
+    releasing.start()
+    assert_same(batches(data, 2), batches(local, 2))
+    releasing.join()
+    assert "thread lane-0, at work on range(0, 2), stands at remote.py:" in caplog.text and "_lock" in caplog.text
