@@ -65,25 +65,34 @@ def assert_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
         assert torch.equal(got[name], expected[name]), name
 
 
-def test_p1_batches_are_equal_for_every_world_size_micro_batch_and_number_of_workers(dataset: DataSet) -> None:
-    steps = 3
-    expected = join(take(train(dataset, with_flow=True), steps))
-    assert expected["video"].shape == (12, 3, 8, 32, 32) and expected["flow"].shape == (12, 2, 8, 32, 32)
-    for world, micro, workers in [(1, 1, 3), (1, 2, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]:
-        per_step = 4 // world // micro
-        ranks = [
-            take(
-                train(dataset, with_flow=True, world_size=world, rank=r, micro_batch=micro, workers=workers),
-                steps * per_step,
-            )
-            for r in range(world)
-        ]
-        batches = [
-            batch
-            for step, rank in itertools.product(range(steps), range(world))
-            for batch in ranks[rank][step * per_step : (step + 1) * per_step]
-        ]
-        assert_same(join(batches), expected)
+def all_ranks(dataset: DataSet, world: int, steps: int, **settings: Any) -> dict[str, Any]:
+    """The global batches of some steps, put together from the loaders of all ranks."""
+    per_step = settings["global_batch"] // world // settings["micro_batch"]
+    ranks = [
+        take(train(dataset, with_flow=True, world_size=world, rank=rank, **settings), steps * per_step)
+        for rank in range(world)
+    ]
+    return join(
+        batch
+        for step, rank in itertools.product(range(steps), range(world))
+        for batch in ranks[rank][step * per_step : (step + 1) * per_step]
+    )
+
+
+@pytest.mark.parametrize("batch", [4, 8, 12])
+@pytest.mark.parametrize("slices", [None, 1, 5, 16])
+def test_p1_global_batches_depend_on_batch_and_slices_alone(dataset: DataSet, batch: int, slices: int | None) -> None:
+    """72 combinations with world size and workers, and as many of micro-batch and prefetch as there is room for."""
+    steps = 2
+    settings: dict[str, Any] = {"global_batch": batch, "slices": slices}
+    expected = all_ranks(dataset, 1, steps, micro_batch=batch, workers=1, prefetch=1, **settings)
+    assert expected["video"].shape == (steps * batch, 3, 8, 32, 32)
+    assert expected["flow"].shape == (steps * batch, 2, 8, 32, 32)
+    for number, (world, workers) in enumerate(itertools.product((1, 2, 4), (1, 3))):
+        divisors = [micro for micro in (1, 2, 3, 4, 6) if batch // world % micro == 0]
+        micro = divisors[number % len(divisors)]
+        got = all_ranks(dataset, world, steps, micro_batch=micro, workers=workers, prefetch=1 + number % 4, **settings)
+        assert_same(got, expected)
 
 
 @pytest.mark.parametrize("pipelines", [1, 2])
@@ -103,10 +112,18 @@ def test_p1_dali_batches_do_not_depend_on_threads_or_pipelines(dataset: DataSet,
     assert_same(join(got), expected)
 
 
-def test_p2_an_epoch_visits_every_sample_once_and_batches_straddle_epochs(dataset: DataSet) -> None:
-    samples = join(take(train(dataset, with_flow=True), 5))["sample"].tolist()
-    assert sorted(samples[:10]) == sorted(samples[10:]) == list(range(10))
-    assert samples[:10] != samples[10:]
+@pytest.mark.parametrize(
+    ("batch", "world", "slices"), [(5, 1, None), (10, 2, None), (4, 2, None), (12, 4, None), (6, 3, 4), (4, 1, 10)]
+)
+def test_p2_every_epoch_visits_every_sample_once_whether_the_batch_divides_it_or_not(
+    dataset: DataSet, batch: int, world: int, slices: int | None
+) -> None:
+    """Ten samples: batches of 4, 6 and 12 straddle epochs."""
+    settings = {"global_batch": batch, "micro_batch": batch // world, "slices": slices}
+    samples = all_ranks(dataset, world, -(-30 // batch), **settings)["sample"].tolist()
+    epochs = [samples[:10], samples[10:20], samples[20:30]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_p4_a_loader_that_starts_at_a_step_goes_on_as_if_it_had_never_stopped(dataset: DataSet) -> None:
