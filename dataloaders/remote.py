@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,8 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """Seconds between one try to reach a server and the next."""
 
 _READ_BYTES = 2**24
+_SOON = 30.0
+"""Seconds within which a shard in use is used again: a loader marks those of its next steps at each step."""
 _OWN_FOLDER = "rev2net-shards"
 """What is removed is only ever removed from in here: a user may name a cache folder that holds other things."""
 
@@ -96,7 +98,7 @@ class ShardCache:
         self._url = url
         self._root = folder / _OWN_FOLDER
         self._limit = limit
-        self._fetched: set[str] = set()
+        self._warned = False
         self.folder = self._root / fingerprint[:16]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -131,12 +133,6 @@ class ShardCache:
             yield path
 
     def _fill(self, path: Path, size: int, sha256: str, patient: bool) -> None:
-        if path.name in self._fetched:
-            log.warning(
-                "shard %s is fetched again: what is read at one time does not fit into loader.cache_gb=%g; raise it",
-                path.name,
-                self._limit / 1e9,
-            )
         url = f"{self._url}/{path.name}"
         part = path.with_name(path.name + ".part")
         try:
@@ -145,7 +141,6 @@ class ShardCache:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-        self._fetched.add(path.name)
 
     def _reserve(self, part: Path, size: int) -> None:
         """Make `part` with its full size, so that all fillers see what is taken, after removing what is in the way."""
@@ -155,7 +150,7 @@ class ShardCache:
             )
         with _lock(self._root / "room"):
             part.unlink(missing_ok=True)  # of somebody who was killed
-            held = {path: path.stat() for path in self._root.glob("*/*") if path.suffix in (".tar", ".part")}
+            held = dict(_files(self._root))
             excess = sum(stat.st_size for stat in held.values()) + size - self._limit
             for path in sorted(held, key=lambda path: held[path].st_mtime_ns):
                 if excess <= 0:
@@ -166,8 +161,29 @@ class ShardCache:
                         path.unlink(missing_ok=True)
                         path.with_suffix(".idx").unlink(missing_ok=True)
                         excess -= held[path].st_size
+                        self._warn(path.name, time.time() - held[path].st_mtime)
             with part.open("wb") as file:
                 file.truncate(size)
+
+    def _warn(self, name: str, idle: float) -> None:
+        """Say once that what is removed is needed again soon."""
+        if idle < _SOON and not self._warned:
+            self._warned = True
+            log.warning(
+                "shard %s is removed from the cache %.0f s after its last use: what is read at one time does not fit "
+                "into loader.cache_gb=%g and is fetched again and again; raise it",
+                name,
+                idle,
+                self._limit / 1e9,
+            )
+
+
+def _files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The shards, and what is to become one."""
+    for path in root.glob("*/*"):
+        if path.suffix in (".tar", ".part"):
+            with suppress(FileNotFoundError):  # another has just finished or given up
+                yield path, path.stat()
 
 
 @contextmanager

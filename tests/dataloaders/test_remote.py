@@ -214,7 +214,7 @@ def test_a_small_cache_stays_small_and_serves_the_same_batches(
             seen += next(loader).keys
             assert taken(cache) <= limit
     assert seen == batches(local, 14)["keys"]
-    assert "is fetched again" in caplog.text and "loader.cache_gb" in caplog.text
+    assert caplog.text.count("is removed from the cache") == 1 and "into loader.cache_gb=" in caplog.text
 
 
 def test_the_shard_used_longest_ago_is_removed_and_an_open_one_can_still_be_read(local: DataSet, cache: Path) -> None:

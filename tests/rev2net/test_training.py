@@ -23,7 +23,7 @@ from rev2net.cli import main
 from rev2net.config import load_config
 from rev2net.losses import TERMS
 from rev2net.models import I3D
-from rev2net.train import train
+from rev2net.train import open_data, train
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,19 @@ def test_same_command_again_does_nothing(
     assert main(list(train_again)) == 0 and "is complete" in capsys.readouterr().out + caplog.text
     assert (trained.output / "checkpoints" / "step-00000006" / "state.json").stat().st_mtime_ns == before
     assert len(client.search_runs([client.get_experiment_by_name("rev2net").experiment_id])) == 1
+
+
+def test_the_data_may_lie_behind_a_url(
+    trained: Trained, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    for number, data in enumerate((str(tiny_data), tiny_data.as_uri())):
+        assert main(["eval", str(trained.output), data, "--views", "1x1", "--json", str(tmp_path / str(number))]) == 0
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+    assert list((tmp_path / "home" / "rev2net").rglob("val-*.tar"))
+    keys = [f"data.path={tiny_data.as_uri()}", f"loader.cache={tmp_path / 'cache'}", "loader.cache_gb=1"]
+    open_data(load_config("configs/demo.yaml", keys)).shards("train")[0].fetch()
+    assert list((tmp_path / "cache").rglob("train-*.tar"))
 
 
 def test_test_time_network_is_a_bare_i3d(trained: Trained) -> None:
