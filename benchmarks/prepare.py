@@ -1,8 +1,9 @@
 """Preparation of real clips: speed, where the time goes, bytes and error of the stored flow, memory.
 
-    python benchmarks/prepare.py --write benchmarks/prepare.md      (needs ../shared/videos; 25 minutes on 2 cores)
+    python benchmarks/prepare.py --write benchmarks/prepare.md      (needs ../shared/videos; 30 minutes on 2 cores)
 
 The clips are those of skateboard, a folder per class; tables of a part take every n-th file in order of their names.
+Bytes and errors are also those of all clips of ucf101, hmdb51 and kinetics400.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -37,11 +39,14 @@ from dataloaders.sources import SourceClip, SourceListing, read_folder
 from dataloaders.transcode import PrepareSettings
 from dataloaders.video import Codec, VideoEncoder, VideoSource, decode_luma, gray, stored_size
 
-VIDEOS = Path(__file__).resolve().parents[2] / "shared" / "videos" / "skateboard"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "videos"
+VIDEOS, OTHERS = SHARED / "skateboard", ("ucf101", "hmdb51", "kinetics400")
 STAGES_EVERY, BYTES_EVERY = 10, 20
+FPS = Fraction(25)
 JPEG_QUALITY = 95
 """OpenCV's default, which is that of the field's extractors."""
-CODECS: tuple[Codec, ...] = ("h264", "vp9")
+FORMS: tuple[tuple[Codec, float], ...] = (("h264", 0.5), ("h264", 1.0), ("vp9", 0.5))
+"""Codec and size of the flow beside the RGB; the first is the default."""
 MINUTES = (1, 10)
 
 
@@ -123,7 +128,7 @@ def stages(clips: Sequence[SourceClip], classes: Sequence[str], folder: Path) ->
 
 @dataclass(frozen=True)
 class Stored:
-    """Of one clip: bytes as videos and as JPEG, and the stored flow's end-point error in pixels."""
+    """Of one clip in one form: bytes as videos and as JPEG, and the stored flow's end-point error in pixels."""
 
     frames: int
     rgb: int
@@ -134,29 +139,56 @@ class Stored:
     still: float
 
 
-def stored(clip: SourceClip, codec: Codec) -> Stored:
-    """Transcode, decode again, compare with the float flow clipped to the stored range."""
-    parts = transcode.transcode(clip, PrepareSettings(codec=codec))
-    with VideoSource(clip.path) as source:
-        size = stored_size(source.width, source.height, codec=codec, short_side=256, size=None)
-        pictures = list(source.frames(*size, Fraction(25)))
+def stored(path: Path) -> list[Stored]:
+    """Encode in every form, decode again, compare with the float flow clipped to the stored range."""
+    with VideoSource(path) as source:
+        # A size that both codecs take.
+        width, height = stored_size(source.width, source.height, codec="vp9", short_side=256, size=None)
+        pictures = list(source.frames(width, height, FPS))
     flow = tvl1(np.stack([gray(picture) for picture in pictures]))
     exact = np.clip(flow, -BOUND, BOUND)
-    planes = decode_flow(np.stack(list(decode_luma(parts["flow.mp4"], clip.key))))[: len(exact)]
-    width, height = size
-    again = [np.stack([cv2.resize(plane, (width, height)) for plane in pair]) for pair in planes]
     jpeg = [int(cv2.IMWRITE_JPEG_QUALITY), JPEG_QUALITY]
     colour = [cv2.cvtColor(picture, cv2.COLOR_YUV2BGR_I420) for picture in pictures]
     codes = encode_flow(exact).reshape(len(exact), 2, height, width)
-    return Stored(
-        frames=len(pictures),
-        rgb=len(parts["mp4"]),
-        flow=len(parts["flow.mp4"]),
-        jpeg_rgb=sum(len(cv2.imencode(".jpg", picture, jpeg)[1]) for picture in colour),
-        jpeg_flow=sum(len(cv2.imencode(".jpg", plane, jpeg)[1]) for pair in codes for plane in pair),
-        error=float(np.mean([np.hypot(*(a - b)).mean() for a, b in zip(again, exact, strict=True)])),
-        still=float(np.hypot(exact[:, 0], exact[:, 1]).mean()),
-    )
+    jpeg_rgb = sum(len(cv2.imencode(".jpg", picture, jpeg)[1]) for picture in colour)
+    jpeg_flow = sum(len(cv2.imencode(".jpg", plane, jpeg)[1]) for pair in codes for plane in pair)
+    found = []
+    for codec, scale in FORMS:
+        rgb = VideoEncoder(codec, "rgb", width, height, FPS)
+        track = transcode.FlowTrack(width, height, FPS, codec=codec, scale=scale, device="cpu")
+        # What the track would estimate itself, and has been estimated already.
+        flows = iter(flow)
+        with mock.patch.object(transcode, "_estimate", partial(following, flows)):
+            for picture in pictures:
+                rgb.add(picture)
+                track.add(gray(picture))
+            video = track.finish()
+        planes = decode_flow(np.stack(list(decode_luma(video, path.name))))[: len(exact)]
+        again = [np.stack([cv2.resize(plane, (width, height)) for plane in pair]) for pair in planes]
+        found.append(
+            Stored(
+                frames=len(pictures),
+                rgb=len(rgb.finish()),
+                flow=len(video),
+                jpeg_rgb=jpeg_rgb,
+                jpeg_flow=jpeg_flow,
+                error=float(np.mean([np.hypot(*(a - b)).mean() for a, b in zip(again, exact, strict=True)])),
+                still=float(np.hypot(exact[:, 0], exact[:, 1]).mean()),
+            )
+        )
+    return found
+
+
+def following(flows: Iterator[Any], frames: Any, _: Any) -> Any:
+    """In place of `transcode._estimate`: the next flows, one fewer than frames."""
+    return np.stack([next(flows) for _ in frames[1:]])
+
+
+def all_stored(listing: SourceListing) -> dict[str, list[list[Stored]]]:
+    """For each group of clips what each clip gives in each form."""
+    others = [f for name in OTHERS for f in sorted((SHARED / name).rglob("*")) if f.suffix in (".avi", ".mp4")]
+    groups = {"skateboard": [clip.path for clip in every(listing, BYTES_EVERY)], ", ".join(OTHERS): others}
+    return {name: [stored(path) for path in paths] for name, paths in groups.items()}
 
 
 def long_video(path: Path, minutes: int) -> Path:
@@ -223,22 +255,26 @@ def page(found: dict[str, Any]) -> str:
         "|---|---|---|",
         *(f"| {stage} | {value:.1f} | {value / total:.1%} |" for stage, value in taken.items()),
         "",
-        f"## Bytes and error of what is stored (every {BYTES_EVERY}th clip)",
+        f"## Bytes and error of what is stored (every {BYTES_EVERY}th clip of skateboard, all of the others)",
         "",
         f"Kilobytes a clip; JPEG at quality {JPEG_QUALITY}, one per frame for RGB and two for flow, at the size of the",
         "RGB video. The error is the mean end-point distance between the decoded flow, scaled to the RGB's size, and",
         "the float flow clipped to 20 pixels; the length is the mean one of that flow.",
         "",
-        "| codec | clips | frames | RGB | flow | flow / RGB | RGB JPEG | flow JPEG | error, px | worst | length, px |",
+        "| clips | codec, flow's size | frames | RGB | flow | flow / RGB | RGB JPEG | flow JPEG | error | worst | length |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for codec, group in found["stored"].items():
-        kilo = [mean(getattr(s, name) for s in group) / 1000 for name in ("rgb", "flow", "jpeg_rgb", "jpeg_flow")]
-        lines.append(
-            f"| {codec} | {len(group)} | {mean(s.frames for s in group):.0f} | {kilo[0]:.0f} | {kilo[1]:.0f} | "
-            f"{kilo[1] / kilo[0]:.2f} | {kilo[2]:.0f} | {kilo[3]:.0f} | {mean(s.error for s in group):.3f} | "
-            f"{max(s.error for s in group):.3f} | {mean(s.still for s in group):.2f} |"
-        )
+    groups: dict[str, list[list[Stored]]] = found["stored"]
+    for number, (codec, scale) in enumerate(FORMS):
+        for name, clips_ in {**groups, "all": [clip for group in groups.values() for clip in group]}.items():
+            group = [clip[number] for clip in clips_]
+            kilo = [mean(getattr(s, part) for s in group) / 1000 for part in ("rgb", "flow", "jpeg_rgb", "jpeg_flow")]
+            lines.append(
+                f"| {name} ({len(group)}) | {codec}, {scale} | {mean(s.frames for s in group):.0f} | {kilo[0]:.0f} | "
+                f"{kilo[1]:.0f} | {kilo[1] / kilo[0]:.2f} | {kilo[2]:.0f} | {kilo[3]:.0f} | "
+                f"{mean(s.error for s in group):.3f} | {max(s.error for s in group):.3f} | "
+                f"{mean(s.still for s in group):.2f} |"
+            )
     lines += [
         "",
         "## Memory of the process that prepares one 1080p file (a fifth of its frames is stored)",
@@ -265,7 +301,7 @@ def main() -> int:
         found = {
             "workers": workers,
             "stages": stages(part, listing.classes, folder / "stages"),
-            "stored": {codec: [stored(clip, codec) for clip in every(listing, BYTES_EVERY)] for codec in CODECS},
+            "stored": all_stored(listing),
             "memory": {minutes: peak_memory(folder, minutes) for minutes in MINUTES},
             "whole": whole(folder / "whole", workers),
         }

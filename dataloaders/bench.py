@@ -1,7 +1,8 @@
 """How fast each backend is beside its own decoder: `rev2net bench loader DATA`.
 
 The ceiling is the decoder alone on the clips that the loader reads: the same videos and frames, found and decoded with
-as many threads, and nothing after it (no colour conversion with PyAV, no crop and resize with DALI, no batch).
+as many threads, and nothing after it (no colour conversion with PyAV, no crop and resize with DALI, no batch). Where
+the time goes is measured on batches that are made one after the other, without the overlap of the loader.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -31,12 +32,17 @@ _CEILING_BATCHES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderSpeed:
-    """One row of the table; rates are clips per second, None where the backend cannot decode the data set here."""
+    """One row of the table; rates are clips per second, None where the backend cannot decode the data set here.
+
+    Attributes:
+        shares: part of a batch's time that each stage takes.
+    """
 
     backend: Name
     loader: float | None
     ceiling: float | None
     note: str = ""
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 def bench_loader(
@@ -51,7 +57,7 @@ def bench_loader(
     device: torch.device | str = "cpu",
     seconds: float = 10.0,
 ) -> list[LoaderSpeed]:
-    """Measure the training loader with each backend, each for about twice `seconds`.
+    """Measure the training loader with each backend, each for about two and a half times `seconds`.
 
     Raises:
         UserError: the data set, split or flow is not there.
@@ -82,7 +88,9 @@ def bench_loader(
         with loader:
             chunks = [loader.requests(range(k * batch, (k + 1) * batch)) for k in range(_CEILING_BATCHES)]
             ceiling = _ceiling(name, chunks, workers, device, with_flow, seconds)
-            rows.append(LoaderSpeed(backend=name, loader=_rate_of_loader(loader, seconds), ceiling=ceiling))
+            shares = _shares(loader, batch, ceiling, seconds / 2)
+            rate = _rate_of_loader(loader, seconds)
+            rows.append(LoaderSpeed(backend=name, loader=rate, ceiling=ceiling, shares=shares))
     return rows
 
 
@@ -94,7 +102,8 @@ def table(rows: Sequence[LoaderSpeed]) -> str:
             lines.append(f"{row.backend:<8} {'-':>10} {'-':>10} {'-':>6}   {row.note}")
         else:
             share = f"{row.loader / row.ceiling:.0%}"
-            lines.append(f"{row.backend:<8} {row.loader:>10.1f} {row.ceiling:>10.1f} {share:>6}")
+            parts = ", ".join(f"{stage} {part:.0%}" for stage, part in row.shares.items())
+            lines.append(f"{row.backend:<8} {row.loader:>10.1f} {row.ceiling:>10.1f} {share:>6}   {parts}")
     return "\n".join(lines)
 
 
@@ -129,6 +138,27 @@ def run_bench(arguments: argparse.Namespace) -> int:
     )
     print(table(rows))
     return 0
+
+
+def _shares(loader: TrainLoader, batch: int, ceiling: float, seconds: float) -> dict[str, float]:
+    """Where the time of batches goes; what the backend takes beyond the decoder alone is its other work."""
+    loader.stage_seconds(range(batch))  # the first one opens shards and starts threads
+    sums = [0.0, 0.0, 0.0]
+    batches = 0
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        batches += 1
+        taken = loader.stage_seconds(range(batches * batch, (batches + 1) * batch))
+        sums = [old + new for old, new in zip(sums, taken, strict=True)]
+    read, backend, finish = sums
+    decoder = min(backend, batches * batch / ceiling)
+    total = read + backend + finish
+    return {
+        "read": read / total,
+        "decode": decoder / total,
+        "convert, cut and resize": (backend - decoder) / total,
+        "finish": finish / total,
+    }
 
 
 def _rate_of_loader(loader: TrainLoader, seconds: float) -> float:

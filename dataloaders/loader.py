@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -144,6 +145,19 @@ class TrainLoader:
             DecodeError: a sample cannot be read (nothing is replaced here).
         """
         return [self._request(self._lanes[0], position, 0) for position in positions]
+
+    def stage_seconds(self, positions: Sequence[int]) -> tuple[float, float, float]:
+        """Seconds to read, to decode (with all that the backend does) and to finish one batch; as `requests`."""
+        marks = [time.perf_counter()]
+        requests = self.requests(positions)
+        marks.append(time.perf_counter())
+        raw = self._lanes[0].backend.decode(requests)
+        self.synchronize()
+        marks.append(time.perf_counter())
+        to_batch(raw, requests, self._device)
+        self.synchronize()
+        marks.append(time.perf_counter())
+        return marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2]
 
     def synchronize(self) -> None:
         """Wait until the device has finished the batches that were handed out."""

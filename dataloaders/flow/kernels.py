@@ -97,7 +97,7 @@ def _taps(share: float) -> tuple[float, float, float, float]:
 
 
 @compiled
-def _sample_row(pixels: Floats, stride: int, at: Indices, taps: Floats, out: Floats) -> None:
+def _sample_row(pixels: Floats, stride: np.uint64, at: Indices, taps: Floats, out: Floats) -> None:
     """Cubic interpolation (A = -0.75) of interleaved pixels (3 channels, flat) at every position of one row.
 
     `at` is the index of the first of the 16 pixels, `taps` [8, W] the weights across and down.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import subprocess
 import sys
 import threading
@@ -293,6 +294,9 @@ def test_bench_measures_both_backends_beside_their_decoders(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["backend", "dali", "pyav"]
     assert all(float(number) > 0 for line in lines[1:] for number in line.split()[1:3])
+    for line in lines[1:]:
+        parts = [int(part) for part in re.findall(r"(\d+)%", line.partition("read ")[2])]
+        assert len(parts) == 4 and sum(parts) in range(98, 103), line
     plain = make_dataset(tmp_path, shard_sizes=(2,), codec="h264")
     assert run_bench(parser.parse_args([str(plain.folder), *options])) == 0
     assert "--codec vp9" in capsys.readouterr().out.splitlines()[1]
