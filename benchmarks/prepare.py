@@ -259,9 +259,10 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"Kilobytes a clip; JPEG at quality {JPEG_QUALITY}, one per frame for RGB and two for flow, at the size of the",
         "RGB video. The error is the mean end-point distance between the decoded flow, scaled to the RGB's size, and",
-        "the float flow clipped to 20 pixels; the length is the mean one of that flow.",
+        "the float flow clipped to 20 pixels; the length is the mean one of that flow. The form is the codec and the",
+        "flow's size beside the RGB's.",
         "",
-        "| clips | codec, flow's size | frames | RGB | flow | flow / RGB | RGB JPEG | flow JPEG | error | worst | length |",
+        "| clips | form | frames | RGB | flow | flow / RGB | RGB JPEG | flow JPEG | error | worst | length |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[str, list[list[Stored]]] = found["stored"]
