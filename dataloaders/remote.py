@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,8 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """Seconds between one try to reach a server and the next."""
 
 _READ_BYTES = 2**24
+_MOMENT = 0.02
+"""Seconds until what stands in the way is looked at again."""
 _SOON = 30.0
 """Seconds within which a shard in use is used again: a loader marks those of its next steps at each step."""
 _OWN_FOLDER = "rev2net-shards"
@@ -148,22 +150,30 @@ class ShardCache:
             raise UserError(
                 f"loader.cache_gb={self._limit / 1e9:g} is less than {part.stem} takes; give at least {size / 1e9:.3g}"
             )
+        part.unlink(missing_ok=True)  # of somebody who was killed
         with _lock(self._root / "room"):
-            part.unlink(missing_ok=True)  # of somebody who was killed
-            held = dict(_files(self._root))
-            excess = sum(stat.st_size for stat in held.values()) + size - self._limit
-            for path in sorted(held, key=lambda path: held[path].st_mtime_ns):
-                if excess <= 0:
-                    break
-                shard = path.with_suffix("") if path.suffix == ".part" else path
-                with _lock(shard, wait=False) as free:
-                    if free:
-                        path.unlink(missing_ok=True)
-                        path.with_suffix(".idx").unlink(missing_ok=True)
-                        excess -= held[path].st_size
-                        self._warn(path.name, time.time() - held[path].st_mtime)
+            while not self._make_room(size):
+                time.sleep(_MOMENT)  # the rest is being filled or opened
             with part.open("wb") as file:
                 file.truncate(size)
+
+    def _make_room(self, size: int) -> bool:
+        """Remove the shards used longest ago until `size` bytes fit in; whether they do."""
+        try:
+            held = {path: path.stat() for path in self._root.glob("*/*") if path.suffix in (".tar", ".part")}
+        except FileNotFoundError:  # another has just finished or given up
+            return False
+        excess = sum(stat.st_size for stat in held.values()) + size - self._limit
+        for path in sorted(held, key=lambda path: held[path].st_mtime_ns):
+            if excess <= 0:
+                break
+            with _lock(path.with_suffix("") if path.suffix == ".part" else path, wait=False) as free:
+                if free:
+                    path.unlink(missing_ok=True)
+                    path.with_suffix(".idx").unlink(missing_ok=True)
+                    excess -= held[path].st_size
+                    self._warn(path.name, time.time() - held[path].st_mtime)
+        return excess <= 0
 
     def _warn(self, name: str, idle: float) -> None:
         """Say once that what is removed is needed again soon."""
@@ -176,14 +186,6 @@ class ShardCache:
                 idle,
                 self._limit / 1e9,
             )
-
-
-def _files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The shards, and what is to become one."""
-    for path in root.glob("*/*"):
-        if path.suffix in (".tar", ".part"):
-            with suppress(FileNotFoundError):  # another has just finished or given up
-                yield path, path.stat()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -147,11 +149,10 @@ def kept(cache: Path) -> list[str]:
 
 
 def taken(cache: Path) -> int:
-    total = 0
-    for path in [*cache.rglob("*.tar"), *cache.rglob("*.part")]:
+    """Bytes of the shards and of what is to become one; at one moment, which no renaming or removing falls into."""
+    while True:
         with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size
-    return total
+            return sum(path.stat().st_size for path in list(cache.rglob("*")) if path.suffix in (".tar", ".part"))
 
 
 def until(condition: Any) -> None:
@@ -239,6 +240,28 @@ def test_the_shard_used_longest_ago_is_removed_and_an_open_one_can_still_be_read
 def _read(dataset: DataSet, shard: int) -> dict[str, bytes]:
     with dataset.shards("train")[shard].open() as reader:
         return reader.read(0)
+
+
+def test_many_openers_at_once_keep_to_the_bound_and_read_the_right_bytes(local: DataSet, cache: Path) -> None:
+    limit = sum(sorted(sizes(local))[-2:])
+    expected = [_read(local, i) for i in range(4)]
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        shards = DataSet.open(local.folder.as_uri(), cache=cache, cache_gb=limit / 1e9).shards("train")
+        for _ in range(40):
+            chosen = rng.randrange(4)
+            with shards[chosen].open() as reader:
+                assert reader.read(0) == expected[chosen]
+
+    with ThreadPoolExecutor(6) as pool:
+        running = [pool.submit(work, seed) for seed in range(6)]
+        while not all(future.done() for future in running):
+            assert taken(cache) <= limit
+            time.sleep(0.002)
+        for future in running:
+            future.result()
+    assert taken(cache) <= limit
 
 
 def test_data_sets_of_one_cache_never_mix(local: DataSet, tmp_path: Path, cache: Path) -> None:
@@ -353,16 +376,16 @@ def test_p8_a_server_that_is_away_for_a_while_costs_nothing_but_time(
     data = DataSet.open(server.url, cache=cache)
     assert caplog.text.count("503") == 2 and "trying again in 0.05 s" in caplog.text
     server.end()
-    started: list[Server] = []
+    monkeypatch.setattr(remote, "WAITS", (0.1,) * 100)
 
-    def wait(seconds: float) -> None:
-        if not started:
-            started.append(Server(server.folder, server.server_port))
+    def come_back() -> Server:
+        until(lambda: "ClientConnector" in caplog.text)
+        return Server(server.folder, server.server_port)
 
-    monkeypatch.setattr(remote.time, "sleep", wait)
-    assert_same(batches(data), batches(local))
-    started[0].end()
-    assert "ClientConnector" in caplog.text
+    with ThreadPoolExecutor(1) as pool:
+        again = pool.submit(come_back)
+        assert_same(batches(data), batches(local))
+    again.result().end()
 
 
 def test_p8_a_server_that_is_away_for_ever_is_one_clear_error_and_no_bad_clip(
