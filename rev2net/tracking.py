@@ -254,8 +254,21 @@ def _environment() -> dict[str, str]:
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             tags[f"version.{name}"] = version(name)
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(words, capture_output=True, text=True, check=True)
-        tags["mlflow.source.git.commit"] = commit.stdout.strip()
+    commit = source_commit()
+    if commit is not None:
+        tags["mlflow.source.git.commit"] = commit
     return tags
+
+
+def source_commit() -> str | None:
+    """The commit that this code is of, with `-dirty` where tracked files have changed; None if nobody knows.
+
+    A copy of the code outside its checkout is told by REV2NET_COMMIT.
+    """
+    told = os.environ.get("REV2NET_COMMIT")
+    if told:
+        return told
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    return None

@@ -16,7 +16,7 @@ from tiny import environment, free_port
 
 from rev2net import tracking
 from rev2net.config import Config, load_config
-from rev2net.tracking import Tracker
+from rev2net.tracking import Tracker, source_commit
 
 
 def configuration(folder: Path, uri: str | None = None) -> Config:
@@ -163,3 +163,27 @@ def test_a_damaged_outbox_costs_what_is_damaged(tmp_path: Path) -> None:
     with Tracker(configuration(tmp_path), active=True, resumed=True) as again:
         again.metrics({"x": 4.0}, 4)
     assert sorted(history(tracker.uri)) == [[(1, 1.0), (2, 2.0), (3, 3.0)], [(1, 1.0), (3, 3.0), (4, 4.0)]]
+
+
+def test_the_commit_says_whether_the_code_was_changed_and_a_copy_of_it_can_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        command = ["git", "-C", str(tmp_path), *identity, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "tracking.py"))
+    monkeypatch.delenv("REV2NET_COMMIT", raising=False)
+    assert source_commit() is None
+    git("init")
+    (tmp_path / "tracking.py").write_text("")
+    git("add", ".")
+    git("commit", "-m", "one")
+    commit = git("rev-parse", "HEAD")
+    git("tag", "v1")
+    assert source_commit() == commit
+    (tmp_path / "tracking.py").write_text("changed")
+    assert source_commit() == f"{commit}-dirty"
+    monkeypatch.setenv("REV2NET_COMMIT", "told")
+    assert source_commit() == "told"
