@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from dataloaders.errors import UserError, describe_failure
 
 if TYPE_CHECKING:
+    from cluster.jobs import JobFolder
     from cluster.submit import Placement
     from rev2net.config import Config
 
@@ -25,6 +27,14 @@ _PREPARE_EXAMPLES = """What follows is what `rev2net prepare` takes, see `rev2ne
 examples:
   rev2net-cluster prepare kinetics videos data/k400 --annotations train.csv val.csv --tasks 64
   rev2net-cluster prepare folder videos data --flow-device cuda --tasks 8 --site configs/cluster/example.yaml --dry-run
+"""
+_JOB_EXAMPLES = """A JOB is the number that submit prints, or the name of the job's folder.
+
+examples:
+  rev2net-cluster status
+  rev2net-cluster logs 4711 --follow
+  rev2net-cluster logs 4711 --rank 8 --stderr
+  rev2net-cluster cancel 4711 rev2net-demo-20261123-141500
 """
 _DOCTOR_EXAMPLES = """examples:
   rev2net-cluster doctor
@@ -44,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"rev2net-cluster: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `logs JOB | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its exit
+        return 1
     except (OSError, RuntimeError) as error:
         print(f"rev2net-cluster failed: {describe_failure(error)}", file=sys.stderr)
         return 1
@@ -59,7 +72,7 @@ def _run(argv: list[str]) -> int:
         raise UserError(f"{unknown[0]!r} is not an option of {options.command}: see rev2net-cluster --help")
     if options.command == "submit":
         return _submit(options, [*options.overrides, *rest])
-    return _doctor(options)
+    return {"status": _status, "logs": _logs, "cancel": _cancel, "doctor": _doctor}[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("--tasks", type=int, required=True, metavar="N", help="tasks of the array")
     _add_job_options(prepare)
+    _add_job_commands(commands)
     doctor = commands.add_parser(
         "doctor",
         help="check this machine: versions, codecs, all-reduce, storage",
@@ -101,22 +115,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_job_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+    texts = {
+        "status": (
+            "how jobs stand",
+            "One line for each job, the newest last: its state, its progress, its last words.",
+        ),
+        "logs": ("what a rank of a job writes", "Print the log of one rank (of a preparation: of one share)."),
+        "cancel": ("end jobs", "End jobs that run or wait; a training saves its state, and submit goes on from it."),
+    }
+    how_many: dict[str, int | str] = {"status": "*", "logs": 1, "cancel": "+"}
+    for name, (summary, description) in texts.items():
+        parser = commands.add_parser(
+            name,
+            help=summary,
+            description=description,
+            epilog=_JOB_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("jobs", metavar="JOB", nargs=how_many[name])
+        _add_folder(parser, "where the jobs' folders are (default runs/jobs)")
+        if name == "logs":
+            parser.add_argument("--rank", type=int, default=0, metavar="N", help="which (default 0)")
+            parser.add_argument("--stderr", action="store_true", help="its standard error, not its standard output")
+            parser.add_argument("--follow", action="store_true", help="go on until the job has ended")
+
+
+def _add_folder(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--folder", type=Path, default=Path("runs/jobs"), metavar="DIR", help=text)
+
+
 def _add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--site", type=Path, metavar="YAML", help="partition, account and so on of your cluster")
     parser.add_argument("--executor", choices=("slurm", "local"), default="slurm", help="where (default slurm)")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("runs/jobs"),
-        metavar="DIR",
-        help="scripts, logs and pickles of the jobs, on storage that all nodes see (default runs/jobs)",
-    )
+    _add_folder(parser, "each job gets a folder of its own in it, on storage that all nodes see (default runs/jobs)")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch script, submit nothing")
 
 
 def _prepare(options: argparse.Namespace, words: list[str]) -> int:
-    from cluster.prepare import array_script, run_local, submit_array
+    from cluster.prepare import Preparation
     from cluster.site import load_site
+    from cluster.submit import require_slurm
     from dataloaders.prepare_cli import add_prepare_arguments, read_listing, read_settings
 
     if options.tasks < 1:
@@ -128,21 +167,28 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> int:
     replace(read_settings(args), flow_device="cpu").check()
     if args.share is not None:
         raise UserError("--share is what each of the tasks gets by itself: leave it out")
-    site = load_site(options.site)
-    gpus = 1 if args.flow_device == "cuda" and not args.no_flow else 0
+    preparation = Preparation(
+        words=tuple(words),
+        out=args.out,
+        tasks=options.tasks,
+        gpus=1 if args.flow_device == "cuda" and not args.no_flow else 0,
+        site=load_site(options.site),
+        parent=options.folder,
+    )
     if options.dry_run:
         _refuse_dry_run_of_local(options)
-        sys.stdout.write(array_script(tasks=options.tasks, gpus=gpus, site=site, folder=options.folder))
+        sys.stdout.write(preparation.script())
         return 0
     listing = read_listing(args)
     if options.executor == "slurm":
-        first, last = submit_array(words, tasks=options.tasks, gpus=gpus, site=site, folder=options.folder)
+        require_slurm()
+        job, log = preparation.submit()
         print(
-            f"job {first.job_id.split('_')[0]}: {len(listing.clips)} clips in {options.tasks} tasks; "
-            f"then job {last.job_id} makes the shards and writes to {last.paths.stdout}"
+            f"job {job.id}: {len(listing.clips)} clips in {options.tasks} tasks; "
+            f"then job {job.numbers[-1]} makes the shards and writes to {log}"
         )
         return 0
-    failure = run_local(words, tasks=options.tasks, gpus=gpus, site=site, folder=options.folder)
+    failure = preparation.run_here()
     if failure is not None:
         print(f"preparation failed: {failure}", file=sys.stderr)
     return 0 if failure is None else 1
@@ -154,6 +200,7 @@ def _refuse_dry_run_of_local(options: argparse.Namespace) -> None:
 
 
 def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
+    from cluster.jobs import Job, new_folder, now, possible_folders, record
     from cluster.site import load_site
     from cluster.submit import Placement, require_slurm, sbatch_script, submit_local, submit_slurm, wait_local
     from cluster.task import Task, TrainWork
@@ -166,20 +213,37 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
     name = f"rev2net-{options.config.stem}"
     if options.dry_run:
         _refuse_dry_run_of_local(options)
-    if options.executor == "slurm" and not options.dry_run:
+    elif options.executor == "slurm":
         require_slurm()
+    if options.executor == "local" and placement.nodes != 1:
+        raise UserError(f"--executor local has one machine, not {placement.nodes}: give --nodes 1")
     config = load_config(options.config, overrides)
     _check_batch(config, placement)
     if options.dry_run:
-        sys.stdout.write(sbatch_script(placement=placement, site=site, folder=options.folder, name=name))
+        folder = next(possible_folders(options.folder, name))
+        sys.stdout.write(sbatch_script(placement=placement, site=site, folder=folder, name=name))
         return 0
     task = Task(work=TrainWork(config=config))
-    if options.executor == "slurm":
-        job = submit_slurm(task, placement=placement, site=site, folder=options.folder, name=name)
-    else:
-        job = submit_local(task, placement=placement, site=site, folder=options.folder)
+    with new_folder(options.folder, name, config.yaml()) as folder:
+        if options.executor == "slurm":
+            job = submit_slurm(task, placement=placement, site=site, folder=folder, name=name)
+        else:
+            job = submit_local(task, placement=placement, site=site, folder=folder)
+        submitted = Job(
+            ids=(job.job_id,),
+            ranks=placement.tasks,
+            kind="train",
+            name=name,
+            output=str(Path(config.output).absolute()),
+            executor=options.executor,
+            submitted=now(),
+        )
+        record(folder, submitted)
     first = job.task(0).paths
-    print(f"job {job.job_id}: {placement.nodes} x {placement.tasks_per_node} tasks; rank 0 writes to {first.stdout}")
+    print(
+        f"job {job.job_id}: {placement.nodes} x {placement.tasks_per_node} tasks; rank 0 writes to {first.stdout}",
+        flush=True,
+    )
     if options.executor == "slurm":
         return 0
     failure = wait_local(job)
@@ -191,12 +255,52 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _check_batch(config: Config, placement: Placement) -> None:
     # Training refuses it as well, but only after the job has waited in the queue.
-    train = config.train
-    if train.global_batch % (placement.tasks * train.micro_batch):
-        raise UserError(
-            f"train.global_batch={train.global_batch} cannot be shared by {placement.tasks} tasks in micro-batches of "
-            f"train.micro_batch={train.micro_batch}: make it a multiple of {placement.tasks * train.micro_batch}"
-        )
+    total, micro, tasks = config.train.global_batch, config.train.micro_batch, placement.tasks
+    step = tasks * micro
+    if total % step == 0:
+        return
+    fits = [str(number) for number in range(1, total // micro + 1) if total % (micro * number) == 0]
+    batches = [str(batch) for batch in (total // step * step, (total // step + 1) * step) if batch]
+    raise UserError(
+        f"train.global_batch={total} cannot be shared by {tasks} tasks in micro-batches of train.micro_batch={micro}: "
+        f"make it {' or '.join(batches)}, or take {' or '.join(fits)} tasks"
+    )
+
+
+def _selected(options: argparse.Namespace) -> tuple[list[JobFolder], list[JobFolder]]:
+    """The jobs that are named, and all there are."""
+    from cluster.jobs import read_jobs, select
+
+    known = read_jobs(options.folder)
+    return select(known, options.jobs, options.folder), known
+
+
+def _status(options: argparse.Namespace) -> int:
+    from cluster.status import read_statuses, table
+
+    jobs, _ = _selected(options)
+    print(table(jobs, read_statuses(jobs)) if jobs else f"no jobs in {options.folder}")
+    return 0
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from cluster.status import show_log
+
+    ((job,), _) = _selected(options)
+    try:
+        show_log(job, options.rank, stderr=options.stderr, follow=options.follow)
+    except KeyboardInterrupt:  # how one ends --follow
+        print()
+    return 0
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from cluster.status import cancel
+
+    jobs, known = _selected(options)
+    cancel(jobs, known)
+    print(f"cancelled: {', '.join(each.job.id for each in jobs)}")
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -30,13 +30,24 @@ class Site(BaseModel):
     max_timeouts: int = Field(100, ge=0, description="how often the job may run into its time limit and go on")
     env: dict[str, str] = Field(default_factory=dict, description="exported before the tasks start")
     setup: tuple[str, ...] = Field((), description="shell commands before the tasks start, such as 'module load gcc'")
+    container: str | None = Field(
+        None,
+        min_length=1,
+        description="command before the interpreter, such as 'apptainer exec --nv /images/rev2net.sif'",
+    )
+    python: str | None = Field(
+        None,
+        min_length=1,
+        description="interpreter on the nodes, or in the container; the one that submits if not given",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Site:
-        if self.signal_delay_s >= 60 * self.time_minutes:
+        # Slurm may send the signal a minute early: a job that has just begun would be killed by it.
+        if self.signal_delay_s + 60 >= 60 * self.time_minutes:
             raise ValueError(
-                f"signal_delay_s={self.signal_delay_s} leaves no time to train within "
-                f"time_minutes={self.time_minutes}; make it shorter"
+                f"signal_delay_s={self.signal_delay_s} leaves no time to train within time_minutes={self.time_minutes} "
+                "(Slurm may send the signal a minute early): make it shorter, or the time longer"
             )
         return self
 

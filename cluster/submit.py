@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, environme
 from submitit.local.local import LocalExecutor
 from submitit.slurm.slurm import SlurmExecutor
 
+from cluster.jobs import snapshot_environment
 from cluster.site import Site
-from cluster.task import Task
+from cluster.task import REQUEUE, Task
 from dataloaders.errors import UserError
 
 
@@ -67,7 +71,7 @@ class _ScriptExecutor(SlurmExecutor):  # type: ignore[misc]
 
 
 def sbatch_script(*, placement: Placement, site: Site, folder: Path, name: str, array: int | None = None) -> str:
-    """The text that `sbatch` gets, for one job or an array of `array`; `folder` must be one that all nodes see."""
+    """The text that `sbatch` gets, for one job or an array of `array`; `folder` is the job's, seen by all nodes."""
     executor = slurm_executor(placement=placement, site=site, folder=folder, name=name)
     if array is not None:
         executor.parameters["map_count"] = array
@@ -78,33 +82,55 @@ def submit_slurm(task: Task, *, placement: Placement, site: Site, folder: Path, 
     """Submit and return submitit's job.
 
     Raises:
-        UserError: no Slurm here, or `sbatch` refuses the job.
+        UserError: `sbatch` refuses the job, or the partition has fewer nodes.
     """
+    _check_nodes(placement, site)
     with slurm_refusals():
         return slurm_executor(placement=placement, site=site, folder=folder, name=name).submit(task)
 
 
 @contextlib.contextmanager
 def slurm_refusals() -> Iterator[None]:
-    """Turn what submitit raises inside into a UserError of one sentence; no Slurm here is one as well."""
-    require_slurm()
+    """Turn what submitit raises inside into a UserError of one sentence."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises.
             yield
     except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
+        lines = [line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines()]
+        raise UserError(f"sbatch refused the job: {'; '.join(filter(None, lines))}{_partitions()}") from None
+
+
+def _check_nodes(placement: Placement, site: Site) -> None:
+    """Slurm takes a job that is too large for its partition, and lets it wait for ever."""
+    sizes = _partition_sizes()
+    wanted = (site.partition or next((name for name in sizes if name.endswith("*")), "")).split(",")
+    known = [nodes for name, nodes in sizes.items() if name in wanted or name.rstrip("*") in wanted]
+    if known and placement.nodes > max(known):
+        raise UserError(f"--nodes {placement.nodes} is more than there are{_partitions()}")
+
+
+def _partition_sizes() -> dict[str, int]:
+    """Nodes of each partition, the default one with a star; nothing where Slurm does not say."""
+    if shutil.which("sinfo") is None:
+        return {}
+    listing = subprocess.run(["sinfo", "-h", "-o", "%P %D"], capture_output=True, text=True, check=False)
+    rows = (line.split() for line in listing.stdout.splitlines())
+    return {} if listing.returncode else {name: int(nodes) for name, nodes in rows}
+
+
+def _partitions() -> str:
+    """What the user could ask for instead, as the end of a sentence."""
+    named = ", ".join(f"{name.rstrip('*')} ({nodes} nodes)" for name, nodes in _partition_sizes().items())
+    return f"; the partitions here are {named}: change `partition` in the site file, or --nodes" if named else ""
 
 
 def submit_local(task: Callable[[], object], *, placement: Placement, site: Site, folder: Path) -> Any:
     """Start the tasks on this machine in the background and return submitit's job.
 
-    The site's `setup` commands are not run: they prepare a node for a process that here runs already.
-
-    Raises:
-        UserError: more than one node.
+    Of the site, its time limit and `env` count: `setup` and `container` prepare a node for a process that here runs
+    already.
     """
-    if placement.nodes != 1:
-        raise UserError(f"--executor local has one machine, not {placement.nodes}: give --nodes 1")
+    assert placement.nodes == 1
     executor = LocalExecutor(folder, max_num_timeout=site.max_timeouts)
     executor.update_parameters(
         nodes=1,
@@ -113,7 +139,11 @@ def submit_local(task: Callable[[], object], *, placement: Placement, site: Site
         timeout_min=site.time_minutes,
         signal_delay_s=site.signal_delay_s,
     )
-    with environment_variables(**site.env):
+    environment = {**site.env, **snapshot_environment(folder)}
+    older = site.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+    if older:
+        environment["PYTHONPATH"] += f":{older}"
+    with environment_variables(**environment):
         return executor.submit(task)
 
 
@@ -140,8 +170,10 @@ def require_slurm() -> None:
 
 
 def slurm_executor(*, placement: Placement, site: Site, folder: Path, name: str) -> Any:
-    """submitit's executor with the settings of the site."""
-    executor = _ScriptExecutor(folder, max_num_timeout=site.max_timeouts)
+    """submitit's executor with the settings of the site, for a job in `folder`."""
+    python = shlex.quote(site.python or sys.executable)
+    command = python if site.container is None else f"{site.container} {python}"
+    executor = _ScriptExecutor(folder, max_num_timeout=site.max_timeouts, python=command)
     # Since 22.05 srun does not inherit sbatch's --cpus-per-task; a lost rank must end the job, not hang the others.
     srun_args = ["--kill-on-bad-exit=1"]
     if site.cpus_per_task is not None:
@@ -159,9 +191,26 @@ def slurm_executor(*, placement: Placement, site: Site, folder: Path, name: str)
         time=site.time_minutes,
         mem=None if site.memory_gb is None else f"{round(site.memory_gb * 1024)}M",
         signal_delay_s=site.signal_delay_s,
-        setup=[f"export {key}={shlex.quote(value)}" for key, value in site.env.items()] + list(site.setup) or None,
+        setup=[*_exports(site.env), *site.setup, *_snapshot_exports(folder)],
+        teardown=None if site.container is None else _requeue_lines(folder),
         srun_args=srun_args,
         # Without it `scontrol requeue` is refused where the site sets JobRequeue=0.
         additional_parameters={"requeue": True},
     )
     return executor
+
+
+def _exports(variables: Mapping[str, str]) -> list[str]:
+    return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+
+
+def _snapshot_exports(folder: Path) -> list[str]:
+    variables = snapshot_environment(folder)
+    path = shlex.quote(variables.pop("PYTHONPATH"))
+    return [f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}", *_exports(variables)]
+
+
+def _requeue_lines(folder: Path) -> list[str]:
+    """The end of a script whose tasks run in a container, where there is no scontrol (see `task.requeue_outside`)."""
+    file = f"{shlex.quote(str(folder.absolute() / REQUEUE))}-$SLURM_JOB_ID"
+    return ["status=$?", f"if rm {file} 2> /dev/null; then scontrol requeue $SLURM_JOB_ID; fi", "exit $status"]

@@ -21,15 +21,18 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from submitit.core.job_environment import JobEnvironment
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+from submitit.slurm.slurm import SlurmJobEnvironment
 
 from dataloaders.errors import UserError
 
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
 StopRequested = Callable[[], bool]
 Work = Callable[[StopRequested], bool]
 """Called on every rank with `stop_requested`; True = finished, False = saved and stopped early, on all ranks alike."""
+
+REQUEUE = "requeue"
+"""Start of the name of the file by which a task without scontrol asks the job's script to requeue the job."""
 
 
 class StopFlag:
@@ -86,6 +92,7 @@ class Task:
             SystemExit: stopped early, or a user's mistake, which is one sentence on stderr. No result is written
                 then, so that submitit does not take the job for done.
         """
+        requeue_outside()
         announced = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
         requeue = signal.getsignal(announced)  # submitit's handler, called below when all ranks have saved.
         flag = StopFlag()
@@ -111,3 +118,14 @@ class Task:
     def checkpoint(self) -> DelayedSubmission:
         """submitit's hook at a requeue: the same task again (the state lies in the run's checkpoints)."""
         return DelayedSubmission(self)
+
+
+def requeue_outside() -> None:
+    """Have the job's script requeue the job where a task cannot: most containers have no scontrol."""
+    if os.environ["SUBMITIT_EXECUTOR"] == "slurm" and shutil.which("scontrol") is None:
+        SlurmJobEnvironment._requeue = _ask_the_script
+
+
+def _ask_the_script(environment: Any, countdown: int) -> None:
+    (Path(os.environ["SUBMITIT_FOLDER"]) / f"{REQUEUE}-{environment.raw_job_id}").touch()
+    print(f"asked the job's script to requeue the job ({countdown} remaining timeouts)", flush=True)

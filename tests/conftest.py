@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from slurm import Slurm, missing
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -79,3 +80,21 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     assert main(prepare) == 0
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def slurm_daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A real Slurm of two nodes; skips where it cannot be had."""
+    reason = missing()
+    if reason is not None:
+        pytest.skip(f"no real Slurm here: {reason}")
+    with Slurm(tmp_path_factory.mktemp("slurm")) as slurm:
+        yield slurm
+
+
+@pytest.fixture
+def slurm(slurm_daemons: Slurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
+    """The same, as the Slurm that commands find."""
+    monkeypatch.setenv("SLURM_CONF", str(slurm_daemons.conf))
+    yield slurm_daemons
+    slurm_daemons.cancel_all()

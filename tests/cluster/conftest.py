@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from slurm import Slurm, missing
 
 from cluster.cli import main
 from dataloaders.prepare import prepare
@@ -33,15 +33,17 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.fixture
-def script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def script(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The script that a command would submit, without what differs between machines."""
+    monkeypatch.setenv("REV2NET_COMMIT", "COMMIT")
 
     def run(*words: str) -> str:
         folder = tmp_path / "jobs"
         assert main([*words, "--dry-run", "--folder", str(folder)]) == 0
         assert not folder.exists()
         text = capsys.readouterr().out
-        return text.replace(str(folder), "FOLDER").replace(shlex.quote(sys.executable), "PYTHON")
+        text = re.sub(r"-\d{8}-\d{6}\b", "-TIME", text.replace(str(folder), "FOLDER"))
+        return text.replace(shlex.quote(sys.executable), "PYTHON")
 
     return run
 
@@ -64,21 +66,3 @@ def has_the_bytes_of_one_run(clips: Path, tmp_path: Path) -> Callable[[Path], bo
         return (data / MANIFEST).read_bytes() == (whole / MANIFEST).read_bytes() and verify(data) == []
 
     return same
-
-
-@pytest.fixture(scope="session")
-def slurm_daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """A real Slurm of two nodes; skips where it cannot be had."""
-    reason = missing()
-    if reason is not None:
-        pytest.skip(f"no real Slurm here: {reason}")
-    with Slurm(tmp_path_factory.mktemp("slurm")) as slurm:
-        yield slurm
-
-
-@pytest.fixture
-def slurm(slurm_daemons: Slurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
-    """The same, as the Slurm that commands find."""
-    monkeypatch.setenv("SLURM_CONF", str(slurm_daemons.conf))
-    yield slurm_daemons
-    slurm_daemons.cancel_all()

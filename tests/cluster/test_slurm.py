@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 from slurm import Slurm
-from tiny import TINY
+from tiny import ROOT, TINY, run
 
 from cluster.cli import main
 
@@ -40,10 +42,71 @@ def test_an_array_prepares_the_bytes_of_one_run(
     assert main([*words, "--site", str(site), "--folder", str(jobs)]) == 0
     first, last = re.findall(r"job (\d+)", capsys.readouterr().out)
     slurm.wait_for_end(last)
-    assert f"{data}: prepared" in (jobs / f"{last}_0_log.out").read_text()
+    (folder,) = jobs.iterdir()
+    assert f"{data}: prepared" in (folder / f"{last}_0_log.out").read_text()
     for task in (0, 1):
-        assert f"share {task + 1}/2 is done" in (jobs / f"{first}_{task}_0_log.out").read_text()
+        assert main(["logs", first, "--rank", str(task), "--folder", str(jobs)]) == 0
+        assert f"share {task + 1}/2 is done" in capsys.readouterr().out
     assert has_the_bytes_of_one_run(data)
+    assert main(["status", last, "--folder", str(jobs)]) == 0
+    assert f"{folder.name}  FINISHED  2/2 shares" in capsys.readouterr().out
+
+
+def test_a_job_that_waits_runs_the_code_it_was_submitted_with(
+    slurm: Slurm, tmp_path: Path, site: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Meanwhile the checkout is edited, and a second job is cancelled. Relative paths are those of the submission."""
+    checkout, jobs = tmp_path / "checkout", ["--folder", str(tmp_path / "checkout" / "jobs")]
+    for package in ("cluster", "rev2net", "dataloaders"):
+        shutil.copytree(ROOT / package, checkout / package)
+    shutil.copytree(ROOT / "configs", checkout / "configs")
+    blocker = slurm.command("sbatch", "--parsable", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 900")
+    assert blocker
+    words = ["submit", "configs/demo.yaml", "--tasks-per-node", "2", "--site", str(site), "data.path=nowhere"]
+    first, second = (
+        run(sys.executable, "-m", "cluster.cli", *words, "--folder", "jobs", cwd=checkout).stdout.split()[1].rstrip(":")
+        for _ in range(2)
+    )
+    for file in (*checkout.glob("*/task.py"), *checkout.glob("*/train.py")):
+        file.write_text("raise SystemExit('the checkout was edited')")
+
+    def status(*jobs_: str) -> str:
+        assert main(["status", *jobs_, *jobs]) == 0
+        return capsys.readouterr().out
+
+    assert re.findall(rf"(?m)^({first}|{second}) .* PENDING .*\((?:Resources|Priority|None)\)$", status()) == [
+        first,
+        second,
+    ]
+    assert main(["cancel", second, *jobs]) == 0
+    assert f"cancelled: {second}" in capsys.readouterr().out
+    slurm.wait_for_end(second)
+    assert "STOPPED" in status(second)
+    assert f"running or waiting: {first}" in refused("cancel", second, *jobs)
+    slurm.command("scancel", blocker)
+    slurm.wait_for_end(first)
+    assert re.search(r"FAILED .*nowhere does not exist", status(first))
+    assert main(["logs", first, "--stderr", *jobs]) == 0
+    assert "the checkout was edited" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "expected"),
+    [
+        ("partition: gpu", [], r"invalid partition.* gpu; .*the partitions here are low \(2 nodes\), high \(2 nodes\)"),
+        ("{}", ["--nodes", "3"], r"--nodes 3 is more than there are"),
+        ("partition: low", ["--nodes", "3"], r"--nodes 3 is more than there are; .*low \(2 nodes\)"),
+    ],
+)
+def test_p12_what_slurm_refuses_is_one_sentence(
+    slurm: Slurm, settings: str, options: list[str], expected: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(settings)
+    words = ["submit", "configs/demo.yaml", "--tasks-per-node", "1", "--site", str(site), *options]
+    words += ["train.global_batch=24", "--folder", str(tmp_path / "jobs")]
+    assert re.search(expected, refused(*words))
+    assert list((tmp_path / "jobs").iterdir()) == []
 
 
 def test_p7_a_preempted_job_goes_on_and_trains_the_same_weights(

@@ -2,18 +2,23 @@
 
 # Parameters
 #SBATCH --array=0-63%64
-#SBATCH --error=FOLDER/%A_%a_0_log.err
+#SBATCH --error=FOLDER/rev2net-prepare-TIME/%A_%a_0_log.err
 #SBATCH --gpus-per-node=1
 #SBATCH --job-name=rev2net-prepare
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
-#SBATCH --output=FOLDER/%A_%a_0_log.out
+#SBATCH --output=FOLDER/rev2net-prepare-TIME/%A_%a_0_log.out
 #SBATCH --requeue
 #SBATCH --signal=USR2@120
 #SBATCH --time=1440
 #SBATCH --wckey=submitit
 
+# setup
+export PYTHONPATH=FOLDER/rev2net-prepare-TIME/code${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
+export REV2NET_COMMIT=COMMIT
+
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output FOLDER/%A_%a_%t_log.out --error FOLDER/%A_%a_%t_log.err --kill-on-bad-exit=1 PYTHON -u -m submitit.core._submit FOLDER
+srun --unbuffered --output FOLDER/rev2net-prepare-TIME/%A_%a_%t_log.out --error FOLDER/rev2net-prepare-TIME/%A_%a_%t_log.err --kill-on-bad-exit=1 PYTHON -u -m submitit.core._submit FOLDER/rev2net-prepare-TIME

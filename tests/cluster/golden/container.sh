@@ -1,0 +1,31 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --error=FOLDER/rev2net-small-TIME/%j_0_log.err
+#SBATCH --gpus-per-node=4
+#SBATCH --job-name=rev2net-small
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output=FOLDER/rev2net-small-TIME/%j_0_log.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --time=60
+#SBATCH --wckey=submitit
+
+# setup
+export NCCL_DEBUG=WARN
+module load apptainer
+export PYTHONPATH=FOLDER/rev2net-small-TIME/code${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
+export REV2NET_COMMIT=COMMIT
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output FOLDER/rev2net-small-TIME/%j_%t_log.out --error FOLDER/rev2net-small-TIME/%j_%t_log.err --kill-on-bad-exit=1 apptainer exec --nv --bind /data,/scratch /images/rev2net.sif python3 -u -m submitit.core._submit FOLDER/rev2net-small-TIME
+
+
+# teardown
+status=$?
+if rm FOLDER/rev2net-small-TIME/requeue-$SLURM_JOB_ID 2> /dev/null; then scontrol requeue $SLURM_JOB_ID; fi
+exit $status

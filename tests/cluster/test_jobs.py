@@ -1,0 +1,126 @@
+"""The folder of a job, and `status`, `logs` and `cancel`: on this machine here, on a real Slurm in test_slurm.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, TINY, environment
+
+from cluster.cli import main
+from cluster.jobs import CODE, Job, new_folder, read_jobs, record
+from dataloaders.errors import UserError
+from rev2net.config import load_config
+
+
+def make(parent: Path, name: str, submitted: str, number: str) -> Path:
+    """The folder of a job that was started on this machine and is over."""
+    with new_folder(parent, name, "x") as folder:
+        record(folder, Job(ids=(number,), ranks=2, kind="train", name=name, output=str(parent / "out"),
+                           executor="local", submitted=submitted))  # fmt: skip
+    return folder
+
+
+def test_two_jobs_of_one_second_have_folders_of_their_own_with_the_code(tmp_path: Path) -> None:
+    folders = [make(tmp_path, "rev2net-demo", f"2026-11-23T14:15:0{n}", str(n)) for n in range(3)]
+    assert len(set(folders)) == 3
+    assert [each.path for each in read_jobs(tmp_path)] == folders
+    for package in ("cluster", "rev2net", "dataloaders"):
+        for file in (ROOT / package).rglob("*"):
+            copy = folders[0] / CODE / file.relative_to(ROOT)
+            assert copy.exists() == ("__pycache__" not in file.parts), copy
+            assert not copy.is_file() or copy.read_bytes() == file.read_bytes()
+
+
+def test_a_job_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError), new_folder(tmp_path, "x"):
+        raise UserError("refused")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_status_has_the_newest_last_and_takes_numbers_and_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, old = make(tmp_path, "new", "2026-11-23T14:15:09", "1"), make(tmp_path, "old", "2026-11-22T14:15:09", "2")
+    (new / "1_0_log.out").write_text("begins\n")
+    (new / "1_0_log.err").write_text("a warning\nout of memory\n")
+    assert main(["status", "--folder", str(tmp_path)]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines] == [["2", old.name, "STOPPED"], ["1", new.name, "FAILED"]]
+    assert lines[1].endswith("out of memory")
+    assert main(["status", "2", old.name, "--folder", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["cancel", "99"], "no job '99'"),
+        (["cancel", "99"], "the newest there are 2 (b-"),
+        (["cancel", "1"], "job 1 is over (STOPPED): there is nothing to cancel; no job runs or waits"),
+        (["cancel"], "required: JOB"),
+        (["logs", "1"], "rank 0 of job 1 has written nothing: the job is STOPPED"),
+        (["logs", "1", "--rank", "2"], "has the ranks 0 to 1"),
+        (["logs", "1", "2"], "'2' is not an option of logs"),
+        (["status", "a"], "no job 'a'"),
+    ],
+)
+def test_p12_mistakes_are_one_sentence(
+    words: list[str], expected: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    make(tmp_path, "a", "1", "1")
+    make(tmp_path, "b", "2", "2")
+    assert expected in refused(*words, "--folder", str(tmp_path))
+
+
+def test_a_training_on_this_machine_is_watched_cancelled_and_finished(
+    tiny_data: Path, tmp_path: Path, refused: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    jobs, output = ["--folder", str(tmp_path / "jobs")], tmp_path / "out"
+    words = ["submit", "configs/demo.yaml", "--executor", "local", "--tasks-per-node", "2", *jobs, *TINY]
+    words += [f"data.path={tiny_data}", f"output={output}", "optim.schedule=constant"]
+
+    def status(job: str) -> str:
+        capfd.readouterr()
+        assert main(["status", job, *jobs]) == 0
+        return capfd.readouterr().out.splitlines()[1]
+
+    log, code = output / "train.log", [sys.executable, "-m", "cluster.cli"]
+    with subprocess.Popen([*code, *words, "train.duration=9999steps"], cwd=ROOT, env=inherited()) as submit:
+        wait(lambda: (log.exists() and "step 2/9999" in log.read_text()) or submit.poll() is not None)
+        (folder,) = (tmp_path / "jobs").iterdir()
+        job = json.loads((folder / "job.json").read_text())["ids"][0]
+        row = status(job)
+        assert "RUNNING  step " in row and "/9999 ETA " in row and f"process {job}" in row
+        assert main(["cancel", folder.name, *jobs]) == 0
+        assert submit.wait(timeout=120) == 1
+    assert "STOPPED" in status(job) and "the state is saved" in status(job)
+    assert "is over (STOPPED)" in refused("cancel", job, *jobs)
+    assert main(["logs", job, *jobs]) == 0
+    assert "stopped at step" in capfd.readouterr().out
+    config = load_config(folder / "config.yaml")
+    assert config.output == str(output) and config.train.duration == "9999steps"
+    # It goes on from where it was stopped, to the end, followed by whoever wants to.
+    done = max(int(line.split("/")[0].split()[-1]) for line in log.read_text().splitlines() if "/9999 (" in line)
+    assert main([*words, f"train.duration={done + 2}steps"]) == 0
+    (newest,) = (each for each in (tmp_path / "jobs").iterdir() if each != folder)
+    assert f"FINISHED  step {done + 2}/{done + 2} ETA 0s" in status(newest.name)
+    assert main(["logs", newest.name, "--follow", *jobs]) == 0
+    assert f"going on from {output}" in capfd.readouterr().out
+
+
+def inherited() -> dict[str, str]:
+    env = environment()
+    return {**env, "PYTHONPATH": f"{ROOT}:{env['PYTHONPATH']}"}
+
+
+def wait(ready: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 200
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
