@@ -25,6 +25,9 @@ from dataloaders.errors import UserError
 from dataloaders.shards import MANIFEST
 
 _STEP = re.compile(r"(step \d+/\d+) .*(ETA \S+)")
+_CANCELLED = re.compile(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT (?!.*DUE TO)")
+"""Slurm's line about a job that its owner ended; that a step was cancelled it also says where a rank failed."""
+_EXITED = re.compile(r"srun: error: \S+ tasks? (\d+)\b")
 _TAIL_BYTES = 1 << 16
 _LINE = 160
 """Characters of a job's last words in the table."""
@@ -195,15 +198,19 @@ def _ended(each: JobFolder) -> Status:
     progress = _progress(each)
     if _is_finished(each):
         return Status("FINISHED", progress, each.job.output, alive=False)
-    last = each.log(0, "out") if each.job.kind == "train" else each.log(len(each.job.ids) - 1, "out")
-    out, err = _last_line(last), _last_line(last.with_suffix(".err"))
-    if not out and not err:
+    rank = 0 if each.job.kind == "train" else len(each.job.ids) - 1
+    out, _ = _last_words(each.log(rank, "out"))
+    err, slurm = _last_words(each.log(rank, "err"))
+    if not out and not err and not slurm:
         return Status("STOPPED", progress, "ended before it wrote anything", alive=False)
-    # What the task says after SIGTERM, and what Slurm says of a job that did not end by itself.
-    if "does not requeue itself" in out:
+    if "does not requeue itself" in out:  # what a task says after SIGTERM
         return Status("STOPPED", progress, out[:_LINE], alive=False)
-    state = "STOPPED" if "CANCELLED AT" in err and "DUE TO" not in err else "FAILED"
-    return Status(state, progress, (err or out)[:_LINE], alive=False)
+    if any(_CANCELLED.search(line) for line in slurm):
+        return Status("STOPPED", progress, (err or out)[:_LINE], alive=False)
+    culprit = next((int(found[1]) for line in slurm if (found := _EXITED.match(line))), 0)
+    if culprit and each.job.kind == "train":
+        err = f"rank {culprit}: {_last_words(each.log(culprit, 'err'))[0]}"
+    return Status("FAILED", progress, (err or out or slurm[-1])[:_LINE], alive=False)
 
 
 def _is_finished(each: JobFolder) -> bool:
@@ -238,5 +245,10 @@ def _tail(file: Path) -> str:
         return data.read().decode(errors="replace")
 
 
-def _last_line(file: Path) -> str:
-    return (_tail(file).strip().splitlines() or [""])[-1].strip()
+def _last_words(file: Path) -> tuple[str, list[str]]:
+    """The last line that a rank wrote, and the lines that Slurm wrote after it."""
+    lines = [line.strip() for line in _tail(file).splitlines() if line.strip()]
+    slurm: list[str] = []
+    while lines and lines[-1].startswith(("srun: ", "slurmstepd")):
+        slurm.insert(0, lines.pop())
+    return lines[-1] if lines else "", slurm

@@ -153,7 +153,7 @@ def test_p12_a_mistake_found_on_the_nodes_is_one_sentence(
     error = capsys.readouterr().err
     assert f"{tmp_path}/nowhere does not exist" in error
     assert len(error.splitlines()) == 1
-    (log,) = (tmp_path / "jobs").glob("*_log.err")
+    (log,) = (tmp_path / "jobs").glob("*/*_log.err")
     assert "Traceback" not in log.read_text()
 
 

@@ -48,11 +48,12 @@ def test_status_has_the_newest_last_and_takes_numbers_and_names(
 ) -> None:
     new, old = make(tmp_path, "new", "2026-11-23T14:15:09", "1"), make(tmp_path, "old", "2026-11-22T14:15:09", "2")
     (new / "1_0_log.out").write_text("begins\n")
-    (new / "1_0_log.err").write_text("a warning\nout of memory\n")
+    (new / "1_0_log.err").write_text("a warning\nsrun: error: n1: task 1: Exited with exit code 1\n")
+    (new / "1_1_log.err").write_text("out of memory\nsrun: error: Terminated\n")
     assert main(["status", "--folder", str(tmp_path)]) == 0
     _, *lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines] == [["2", old.name, "STOPPED"], ["1", new.name, "FAILED"]]
-    assert lines[1].endswith("out of memory")
+    assert lines[1].endswith("  rank 1: out of memory")
     assert main(["status", "2", old.name, "--folder", str(tmp_path)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
 
@@ -79,16 +80,16 @@ def test_p12_mistakes_are_one_sentence(
 
 
 def test_a_training_on_this_machine_is_watched_cancelled_and_finished(
-    tiny_data: Path, tmp_path: Path, refused: Callable[..., str], capfd: pytest.CaptureFixture[str]
+    tiny_data: Path, tmp_path: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs, output = ["--folder", str(tmp_path / "jobs")], tmp_path / "out"
     words = ["submit", "configs/demo.yaml", "--executor", "local", "--tasks-per-node", "2", *jobs, *TINY]
     words += [f"data.path={tiny_data}", f"output={output}", "optim.schedule=constant"]
 
     def status(job: str) -> str:
-        capfd.readouterr()
+        capsys.readouterr()
         assert main(["status", job, *jobs]) == 0
-        return capfd.readouterr().out.splitlines()[1]
+        return capsys.readouterr().out.splitlines()[1]
 
     log, code = output / "train.log", [sys.executable, "-m", "cluster.cli"]
     with subprocess.Popen([*code, *words, "train.duration=9999steps"], cwd=ROOT, env=inherited()) as submit:
@@ -102,7 +103,7 @@ def test_a_training_on_this_machine_is_watched_cancelled_and_finished(
     assert "STOPPED" in status(job) and "the state is saved" in status(job)
     assert "is over (STOPPED)" in refused("cancel", job, *jobs)
     assert main(["logs", job, *jobs]) == 0
-    assert "stopped at step" in capfd.readouterr().out
+    assert "stopped at step" in capsys.readouterr().out
     config = load_config(folder / "config.yaml")
     assert config.output == str(output) and config.train.duration == "9999steps"
     # It goes on from where it was stopped, to the end, followed by whoever wants to.
@@ -111,7 +112,7 @@ def test_a_training_on_this_machine_is_watched_cancelled_and_finished(
     (newest,) = (each for each in (tmp_path / "jobs").iterdir() if each != folder)
     assert f"FINISHED  step {done + 2}/{done + 2} ETA 0s" in status(newest.name)
     assert main(["logs", newest.name, "--follow", *jobs]) == 0
-    assert f"going on from {output}" in capfd.readouterr().out
+    assert f"going on from {output}" in capsys.readouterr().out
 
 
 def inherited() -> dict[str, str]:

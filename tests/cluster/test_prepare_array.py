@@ -29,7 +29,7 @@ def test_tasks_on_this_machine_make_the_bytes_of_one_run(
     assert "16 clips" in out and "submitit" not in out
     assert has_the_bytes_of_one_run(data)
     # Each task left its log, and did half of the work.
-    logs = [file.read_text() for file in (tmp_path / "jobs").glob("*_log.out")]
+    logs = [file.read_text() for file in (tmp_path / "jobs").glob("*/*_log.out")]
     assert sum("share 1/2 is done" in log and "8 clips" in log for log in logs) == 1
     assert sum("share 2/2 is done" in log and "8 clips" in log for log in logs) == 1
 

@@ -1,0 +1,226 @@
+"""What a cluster does to a job, on a real Slurm of two nodes: the time limit, a lost node, preemption after preemption.
+
+Slurm looks at its clocks every half minute, so a training has to last: how many steps it takes is reckoned from the
+pace of this machine.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import pytest
+from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
+from slurm import Slurm
+from tiny import TINY
+
+from cluster.cli import main
+from cluster.jobs import JobFolder, read_jobs
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
+
+Record = Callable[[str, str, str], None]
+_LINE = re.compile(r"(?m)^(\S+ \S+) INFO (?:step (\d+)/\d+ \(|(going on from))")
+_SHORT, _LONG = 25.0, 105.0
+"""Seconds that a training is to take: enough for a preemption, and for the time limit of `limited.yaml`."""
+
+
+class Trainings:
+    """Trainings on two nodes, one rank on each, in one MLflow store."""
+
+    def __init__(self, slurm: Slurm, data: Path, folder: Path) -> None:
+        self.slurm, self._data, self.folder = slurm, data, folder
+        self._undisturbed: dict[int, Path] = {}
+        self.submit("pace", 20)
+        self.finish("pace")
+        times = [time for time, step in self.lines("pace") if step]
+        self.pace = median((b - a).total_seconds() for a, b in pairwise(times))
+
+    def steps(self, seconds: float) -> int:
+        """Steps that take about so long."""
+        return max(40, math.ceil(seconds / self.pace))
+
+    def submit(self, name: str, steps: int, *, every: int = 0, minutes: int = 20, more: str = "") -> str:
+        """Submit a training of `steps` that saves every `every` steps; its job's number.
+
+        `minutes` is the job's time limit, `more` are further lines of the site file.
+        """
+        site = self.folder / f"{name}.yaml"
+        site.write_text(
+            f"partition: low\ntime_minutes: {minutes}\nsignal_delay_s: 30\n"
+            f"env: {{OMP_NUM_THREADS: 1, DS_ACCELERATOR: cpu}}\n{more}\n"
+        )
+        words = ["submit", "configs/demo.yaml", "--nodes", "2", "--tasks-per-node", "1", "--site", str(site)]
+        words += ["--folder", str(self.folder / "jobs"), f"data.path={self._data}", f"output={self.folder / name}"]
+        words += [*TINY, f"train.duration={steps}steps", f"train.checkpoint_every={every or steps}steps"]
+        assert main(words) == 0
+        return read_jobs(self.folder / "jobs")[-1].job.id
+
+    def text(self, name: str) -> str:
+        """The log of a run so far."""
+        log = self.folder / name / "train.log"
+        return log.read_text() if log.exists() else ""
+
+    def lines(self, name: str) -> list[tuple[datetime, int]]:
+        """When each step was done, in the order of the log; step 0 stands for a start that goes on."""
+        return [(datetime.fromisoformat(when), int(step or 0)) for when, step, _ in _LINE.findall(self.text(name))]
+
+    def wait_for_step(self, name: str, *, after_starts: int = 0, count: int = 5) -> None:
+        """Until the run has done `count` steps since it went on for the last of so many times."""
+
+        def there() -> bool:
+            steps = [step for _, step in self.lines(name)]
+            starts = [index for index, step in enumerate(steps) if step == 0]
+            if len(starts) < after_starts:
+                return False
+            return len(steps) - (starts[after_starts - 1] + 1 if after_starts else 0) >= count
+
+        self.slurm.wait(f"step of {name}", there, 400)
+
+    def job(self, name: str) -> JobFolder:
+        """The job that trains a run."""
+        (found,) = (each for each in read_jobs(self.folder / "jobs") if each.job.output == str(self.folder / name))
+        return found
+
+    def finish(self, name: str) -> dict[str, str]:
+        """Wait for the end of a run's job; what Slurm says of the job then."""
+        job = self.job(name).job.id
+        self.slurm.wait_for_end(job, 800)
+        facts = dict(re.findall(r"(\w+)=(\S+)", self.slurm.command("scontrol", "show", "job", job) or ""))
+        assert (self.folder / name / "result.json").exists(), f"{facts}\n{self.text(name)[-3000:]}"
+        return facts
+
+    def equals_an_undisturbed_run(self, name: str, steps: int) -> bool:
+        """Whether a run of so many steps ended with the weights of one that nobody disturbed."""
+        if steps not in self._undisturbed:
+            self.submit(f"undisturbed-{steps}", steps)
+            self.finish(f"undisturbed-{steps}")
+            self._undisturbed[steps] = self.folder / f"undisturbed-{steps}"
+        file = f"checkpoints/step-{steps:08d}/weights.safetensors"
+        one, other = load_file(self._undisturbed[steps] / file), load_file(self.folder / name / file)
+        return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+    def is_one_mlflow_run(self, name: str) -> bool:
+        """Whether the run is one in MLflow, finished, with each step once."""
+        client = MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+        runs = client.search_runs(["1"], f"attributes.run_name = '{name}'")
+        steps = [metric.step for run in runs for metric in client.get_metric_history(run.info.run_id, "loss/total")]
+        return [run.info.status for run in runs] == ["FINISHED"] and len(steps) == len(set(steps))
+
+    def preempt(self) -> None:
+        """A short job of the higher partition takes both nodes."""
+        words = ("sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+        other = self.slurm.command(*words)
+        assert other
+        self.slurm.wait_for_end(other)
+
+    def until_first_step(self, name: str, facts: dict[str, str]) -> str:
+        """Seconds from the job's last start to its first step, in words."""
+        last = max(index for index, (_, step) in enumerate(self.lines(name)) if step == 0)
+        when = self.lines(name)[last + 1][0] - datetime.fromisoformat(facts["StartTime"])
+        return f"{when.total_seconds():.0f} s from the restart to its first step"
+
+
+@pytest.fixture(scope="module")
+def trainings(slurm_daemons: Slurm, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(slurm_daemons.conf))
+        yield Trainings(slurm_daemons, tiny_data, tmp_path_factory.mktemp("slurm-chaos"))
+        slurm_daemons.cancel_all()
+
+
+def test_p7_a_job_that_reaches_its_time_limit_goes_on_without_a_step_twice(
+    trainings: Trainings, record: Record
+) -> None:
+    steps = trainings.steps(_LONG)
+    trainings.submit("limited", steps, minutes=2)
+    facts = trainings.finish("limited")
+    done = [step for _, step in trainings.lines("limited")]
+    restarts = done.count(0)
+    assert restarts == int(facts["Restarts"]) >= 1
+    assert [step for step in done if step] == list(range(1, steps + 1))
+    assert trainings.is_one_mlflow_run("limited")
+    assert trainings.equals_an_undisturbed_run("limited", steps)
+    record(
+        "the job reaches its time limit",
+        f"saved at the signal, requeued itself, went on in the same MLflow run; the same weights in the end; "
+        f"{trainings.until_first_step('limited', facts)}",
+        "0 steps",
+    )
+
+
+def test_p4_a_job_whose_node_goes_down_goes_on_from_its_last_checkpoint(trainings: Trainings, record: Record) -> None:
+    steps, every = trainings.steps(_SHORT), 10
+    slurm, job = trainings.slurm, trainings.submit("node", steps, every=every)
+    trainings.wait_for_step("node", count=every + 3)
+    assert slurm.command("scontrol", "update", "nodename=n2", "state=down", "reason=test") is not None
+    try:
+        slurm.wait("requeue", lambda: slurm.command("squeue", "-h", "-j", job, "-o", "%T") == "PENDING")
+    finally:
+        assert slurm.command("scontrol", "update", "nodename=n2", "state=resume") is not None
+    facts = trainings.finish("node")
+    done = [step for _, step in trainings.lines("node")]
+    lost = len(done) - done.count(0) - steps
+    assert facts["Restarts"] == "1" and done.count(0) == 1
+    assert set(done) == set(range(steps + 1)) and 0 <= lost <= every
+    assert trainings.is_one_mlflow_run("node")
+    assert trainings.equals_an_undisturbed_run("node", steps)
+    record(
+        "a node goes down",
+        f"Slurm requeued the job; once the node was back it went on from its last checkpoint in the same MLflow run; "
+        f"the same weights in the end; {trainings.until_first_step('node', facts)}",
+        f"{lost} steps (a checkpoint every {every})",
+    )
+
+
+def test_p7_a_job_that_is_preempted_twice_does_no_step_twice(trainings: Trainings, record: Record) -> None:
+    steps = trainings.steps(_SHORT)
+    trainings.submit("preempted", steps)
+    for starts in range(2):
+        trainings.wait_for_step("preempted", after_starts=starts)
+        trainings.preempt()
+    facts = trainings.finish("preempted")
+    done = [step for _, step in trainings.lines("preempted")]
+    assert facts["Restarts"] == "2" and done.count(0) == 2
+    assert [step for step in done if step] == list(range(1, steps + 1))
+    assert trainings.is_one_mlflow_run("preempted")
+    assert trainings.equals_an_undisturbed_run("preempted", steps)
+    record(
+        "a job of a higher partition preempts it, twice",
+        f"saved at each signal, requeued, went on in the same MLflow run; the same weights in the end; "
+        f"{trainings.until_first_step('preempted', facts)}",
+        "0 steps",
+    )
+
+
+def test_p7_a_preempted_job_is_requeued_from_outside_its_container(
+    trainings: Trainings, tmp_path: Path, record: Record
+) -> None:
+    """The container is a command that takes Slurm's own commands away from the tasks, as images do."""
+    for file in Path("/usr/bin").iterdir():
+        if file.name != "scontrol":
+            (tmp_path / file.name).symlink_to(file)
+    steps = trainings.steps(_SHORT)
+    trainings.submit("contained", steps, more=f"container: env PATH={tmp_path}")
+    trainings.wait_for_step("contained")
+    trainings.preempt()
+    facts = trainings.finish("contained")
+    done = [step for _, step in trainings.lines("contained")]
+    assert facts["Restarts"] == "1" and done.count(0) == 1
+    assert [step for step in done if step] == list(range(1, steps + 1))
+    (log,) = (
+        each.log(0, "out") for each in read_jobs(trainings.folder / "jobs") if each.job.output.endswith("contained")
+    )
+    assert "asked the job's script to requeue" in log.read_text()
+    record(
+        "a job in a container is preempted",
+        f"saved at the signal, requeued by its script, which runs outside, and went on; "
+        f"{trainings.until_first_step('contained', facts)}",
+        "0 steps",
+    )
