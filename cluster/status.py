@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from cluster.jobs import CONFIG, JobFolder
+from cluster.task import STOPPED
 from dataloaders.errors import UserError
 from dataloaders.shards import MANIFEST
 
@@ -203,8 +204,8 @@ def _ended(each: JobFolder) -> Status:
     err, slurm = _last_words(each.log(rank, "err"))
     if not out and not err and not slurm:
         return Status("STOPPED", progress, "ended before it wrote anything", alive=False)
-    if "does not requeue itself" in out:  # what a task says after SIGTERM
-        return Status("STOPPED", progress, out[:_LINE], alive=False)
+    if out == STOPPED:
+        return Status("STOPPED", progress, out, alive=False)
     if any(_CANCELLED.search(line) for line in slurm):
         return Status("STOPPED", progress, (err or out)[:_LINE], alive=False)
     culprit = next((int(found[1]) for line in slurm if (found := _EXITED.match(line))), 0)

@@ -23,7 +23,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from cluster.jobs import snapshot_environment
 from cluster.site import Site
-from cluster.task import REQUEUE, Task
+from cluster.task import REQUEUE, STOPPED, Task
 from dataloaders.errors import UserError
 
 
@@ -154,6 +154,8 @@ def wait_local(job: Any) -> str | None:
         task = job.task(rank)
         # A rank without a result did not come to its end; asking submitit for it would wait for the file.
         if not task.paths.result_pickle.exists() or task.exception() is not None:
+            if STOPPED in (task.stdout() or ""):
+                return STOPPED
             lines = (task.stderr() or "").strip().splitlines()
             return f"{lines[-1] if lines else 'no message'} (rank {rank}, {task.paths.stderr})"
     return None

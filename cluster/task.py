@@ -43,6 +43,9 @@ StopRequested = Callable[[], bool]
 Work = Callable[[StopRequested], bool]
 """Called on every rank with `stop_requested`; True = finished, False = saved and stopped early, on all ranks alike."""
 
+STOPPED = "stopped by SIGTERM: the state is saved, the job does not requeue itself"
+"""Last line of rank 0's standard output then."""
+
 REQUEUE = "requeue"
 """Start of the name of the file by which a task without scontrol asks the job's script to requeue the job."""
 
@@ -110,7 +113,7 @@ class Task:
         if environment.rank != 0:
             sys.exit(0)  # Not an error code: it would make srun kill rank 0 before it has requeued the job.
         if flag.received == {signal.SIGTERM}:
-            print("stopped by SIGTERM: the state is saved, the job does not requeue itself", flush=True)
+            print(STOPPED, flush=True)
             sys.exit(128 + signal.SIGTERM)
         assert callable(requeue)
         requeue(announced, None)
