@@ -135,7 +135,7 @@ class Trainings:
 
 
 def _is_signalled(process: Path) -> bool:
-    """Whether SIGUSR2 waits for a process that was stopped, or Slurm has woken it already (it sends SIGCONT as well)."""
+    """Whether SIGUSR2 waits for a process that was stopped, or Slurm has woken it already, with SIGCONT."""
     try:
         status = (process / "status").read_text()
     except OSError:  # woken, saved, and gone
