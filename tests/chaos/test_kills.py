@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import time
 from collections.abc import Callable
@@ -13,11 +12,18 @@ from training import Training, wait
 Record = Callable[[str, str, str], None]
 
 STEPS = ("train.duration=8steps", "train.checkpoint_every=3steps")  # an epoch is two steps: 3 lies inside of one
+# All 16 combinations are resumed in test_training.py::test_p4_p5_...; these are killed.
 CASES = [
     (f"train.zero_stage={stage}", f"optim.name={name}", f"train.precision={precision}", "optim.lr=1e-3")
-    for stage, name, precision in itertools.product((0, 1, 2, 3), ("sgd", "adamw"), ("fp32", "bf16"))
+    for stage, name, precision in (
+        (1, "adamw", "bf16"),
+        (0, "sgd", "bf16"),
+        (2, "adamw", "fp32"),
+        (3, "sgd", "fp32"),
+        (3, "adamw", "bf16"),
+    )
 ]
-SHORT = CASES[7]  # ZeRO-1, AdamW, bf16: what the shipped configurations use
+SHORT = CASES[0]  # what the shipped configurations use
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Arguments: data folder, output folder. Rank 0 writes losses.json: {case: [loss o
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from rev2net import snapshot
 from rev2net.config import load_config
 from rev2net.train import TrainingRun
 
-FIRST, LAST = 2, 4
-CASES = (
+FIRST, LAST = 3, 5
+ALL = tuple(itertools.product((0, 1, 2, 3), ("sgd", "adamw"), ("fp32", "bf16")))
+SOME = (
     *((0, "sgd", "fp32"), (2, "sgd", "fp32"), (3, "sgd", "fp32")),
     *((0, "adamw", "bf16"), (1, "adamw", "bf16"), (3, "adamw", "bf16")),
 )
@@ -34,9 +36,9 @@ def losses(run: TrainingRun, until: int) -> list[float]:
 
 def main() -> None:
     """All cases, one after the other, in this process group."""
-    data, output = sys.argv[1:]
+    data, output, cases = sys.argv[1:]
     results: dict[str, dict[str, list[float]]] = {}
-    for stage, optimizer, precision in CASES:
+    for stage, optimizer, precision in {"all": ALL, "some": SOME}[cases]:
         case = f"zero{stage}-{optimizer}-{precision}"
         config = load_config(
             "configs/demo.yaml",
