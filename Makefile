@@ -11,7 +11,9 @@ endif
 export PATH := $(abspath $(BIN)):$(PATH)
 
 CHAOS := $(VENV)/chaos.jsonl
-HURT := tests/chaos tests/dataloaders/test_prepare_kills.py tests/rev2net/test_training.py -k 'chaos or kills or p4_p5 or p9'
+HURT := tests/chaos tests/dataloaders/test_prepare_kills.py $(addprefix tests/rev2net/test_training.py::, \
+	test_p4_p5_every_zero_stage_saves_restores_and_agrees \
+	test_p9_a_step_without_a_finite_loss_is_skipped_and_three_in_a_row_end_the_run)
 
 .PHONY: help setup demo test check bench accuracy chaos test-gpu clean
 

@@ -1,4 +1,4 @@
-"""P5: checkpoints of two ranks go on on one, and those of one on four. The long form runs under `make chaos`."""
+"""P5: checkpoints of two ranks go on on one, and those of one on four (a short form is in test_training.py)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ CASES = [
     (f"train.zero_stage={stage}", f"optim.name={name}", f"optim.lr={rate}")
     for stage, (name, rate) in itertools.product((0, 1, 2, 3), (("sgd", "1e-3"), ("adamw", "1e-5")))
 ]
-SHORT = CASES[3]
 TOLERANCE = 1e-5
 
 
@@ -41,10 +40,8 @@ def worst(run: Training, other: Training, first: int, last: int) -> float:
     return max(abs(mine[step] / theirs[step] - 1) for step in range(first, last + 1))
 
 
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    "case", [case if case == SHORT else pytest.param(case, marks=pytest.mark.chaos) for case in CASES], ids=" ".join
-)
+@pytest.mark.chaos
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_p5_two_ranks_then_one_then_four_train_the_same(
     case: tuple[str, ...], training: Callable[..., Training], record: Record, tmp_path: Path
 ) -> None:

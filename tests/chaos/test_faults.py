@@ -22,6 +22,7 @@ Record = Callable[[str, str, str], None]
 STEPS = ("train.duration=8steps", "train.checkpoint_every=3steps")
 
 
+@pytest.mark.chaos
 def test_p10_a_stopped_rank_is_named_with_its_process_state_and_the_job_ends(
     training: Callable[..., Training], record: Record
 ) -> None:
