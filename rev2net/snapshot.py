@@ -6,7 +6,7 @@ batch-normalisation statistics are only read: the averages over the ranks go int
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,23 +36,25 @@ class Snapshot:
 def take(engine: Engine) -> Snapshot | None:
     """The state between two steps, on rank 0; None elsewhere. A collective."""
     first = engine.ranks.first
-    parts = [
-        {name: _on_host(whole) for name, whole in tensors if first}
-        for tensors in (_whole_weights(engine), _whole_optimizer(engine), _all_buffers(engine))
-    ]
-    return Snapshot(weights=parts[0], optimizer=parts[1], buffers=parts[2]) if first else None
+    buffers = _all_buffers(engine)
+    weights = {name: _on_host(whole) for name, whole in _whole_weights(engine, buffers) if first}
+    optimizer = {name: _on_host(whole) for name, whole in _whole_optimizer(engine) if first}
+    if not first:
+        return None
+    own = {f"{rank}/{name}": _on_host(part) for rank, each in enumerate(buffers) for name, part in each.items()}
+    return Snapshot(weights=weights, optimizer=optimizer, buffers=own)
 
 
 def gather_weights(engine: Engine) -> dict[str, Tensor]:
     """Whole parameters and averaged statistics, on every rank's host memory. A collective."""
-    return {name: _on_host(whole) for name, whole in _whole_weights(engine)}
+    return {name: _on_host(whole) for name, whole in _whole_weights(engine, _all_buffers(engine))}
 
 
 def _on_host(whole: Tensor) -> Tensor:
     return whole.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _whole_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+def _whole_weights(engine: Engine, buffers: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     network = engine.step_module.network
@@ -61,7 +63,7 @@ def _whole_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
         assert whole is not None
         yield name, whole
     for name, buffer in network.named_buffers():
-        yield name, engine.ranks.mean(buffer.clone()) if buffer.is_floating_point() else buffer
+        yield name, torch.stack([own[name] for own in buffers]).mean(0) if name in buffers[0] else buffer
 
 
 def _whole_optimizer(engine: Engine) -> Iterator[tuple[str, Tensor]]:
@@ -75,7 +77,8 @@ def _whole_optimizer(engine: Engine) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}/{key}", safe_get_full_optimizer_state(parameter, key)
 
 
-def _all_buffers(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+def _all_buffers(engine: Engine) -> list[dict[str, Tensor]]:
+    """Each rank's statistics, on every rank, by one collective."""
     buffers = _float_buffers(engine.step_module.network)
     flat = torch.cat([b.flatten() for b in buffers.values()])
     flats = [torch.empty_like(flat) for _ in range(engine.ranks.world_size)]
@@ -84,9 +87,13 @@ def _all_buffers(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     else:
         flats = [flat]
     sizes = [b.numel() for b in buffers.values()]
-    for rank, whole in enumerate(flats):
-        for name, part in zip(buffers, torch.split(whole, sizes), strict=True):
-            yield f"{rank}/{name}", part.reshape(buffers[name].shape)
+    return [
+        {
+            name: part.reshape(b.shape)
+            for (name, b), part in zip(buffers.items(), torch.split(whole, sizes), strict=True)
+        }
+        for whole in flats
+    ]
 
 
 def _float_buffers(module: nn.Module) -> dict[str, Tensor]:
