@@ -54,9 +54,9 @@ def test_p5_two_ranks_then_one_then_four_train_the_same(
     assert four.resumed_from() == 16
     on_one, on_four = worst(one, two, 9, 28), worst(four, one, 17, 36)
     assert max(on_one, on_four) <= TOLERANCE
-    words = ", ".join(word.partition("=")[2] for word in case[:2])
+    words = "ZeRO-" + ", ".join(word.partition("=")[2] for word in case[:2])
     record(
-        f"other numbers of ranks: 2, from step 8 on 1, from step 16 on 4 ({words}; ZeRO stage first)",
+        f"other numbers of ranks: 2, from step 8 on 1, from step 16 on 4 ({words})",
         f"the loss of the next 20 steps differs by at most {on_one:.0e} and {on_four:.0e} of itself",
         "no step",
     )
