@@ -21,7 +21,7 @@ WORDS = (
 )
 CASES = [
     (f"train.zero_stage={stage}", f"optim.name={name}", f"optim.lr={rate}")
-    for stage, (name, rate) in itertools.product((0, 1, 2, 3), (("sgd", "1e-3"), ("adamw", "1e-5")))
+    for stage, (name, rate) in itertools.product((0, 1, 2, 3), (("sgd", "1e-4"), ("adamw", "1e-5")))
 ]
 TOLERANCE = 1e-5
 
