@@ -22,7 +22,7 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
-from machine import cpu_facts
+from machine import cpu_facts, page_parser, publish
 
 from dataloaders.loader import FETCH_STEPS
 from dataloaders.order import GlobalOrder
@@ -158,8 +158,7 @@ def page(found: dict[int, dict[str, float | list[float]]]) -> str:
 
 def main() -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, metavar="FILE.md", help="write the page (standard output)")
+    parser = page_parser(__doc__)
     parser.add_argument("--rank", nargs=2, metavar=("FOLDER", "RANK"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
@@ -172,10 +171,7 @@ def main() -> int:
             command = [sys.executable, __file__, "--rank", folder, str(rank)]
             found[rank] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     text = page(found)
-    if args.write is None:
-        print(text)
-    else:
-        args.write.write_text(text)
+    publish(text, args.write)
     return 0
 
 

@@ -8,7 +8,6 @@ Bytes and errors are also those of all clips of ucf101, hmdb51 and kinetics400.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -30,7 +29,7 @@ from unittest import mock
 import av
 import cv2
 import numpy as np
-from machine import cpu_facts
+from machine import cpu_facts, page_parser, publish
 
 from dataloaders import prepare, transcode
 from dataloaders.flow import BOUND, decode_flow, encode_flow, tvl1
@@ -289,9 +288,7 @@ def page(found: dict[str, Any]) -> str:
 
 def main() -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, metavar="FILE.md", help="write the page (standard output)")
-    args = parser.parse_args()
+    args = page_parser(__doc__).parse_args()
     if not VIDEOS.is_dir():
         sys.exit(f"{VIDEOS} is not there: the real clips are needed")
     workers = len(os.sched_getaffinity(0))
@@ -308,10 +305,7 @@ def main() -> int:
         }
     finally:
         shutil.rmtree(folder)
-    if args.write is None:
-        print(page(found))
-    else:
-        args.write.write_text(page(found))
+    publish(page(found), args.write)
     return 0
 
 

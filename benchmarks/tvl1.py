@@ -9,7 +9,6 @@ where they are larger.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 import time
@@ -26,7 +25,7 @@ import av
 import cv2
 import numpy as np
 import numpy.typing as npt
-from machine import cpu_facts
+from machine import cpu_facts, page_parser, publish
 
 from dataloaders.flow import kernels, tvl1
 
@@ -286,8 +285,7 @@ def page(rows: Sequence[dict[str, Any]], speed: dict[str, float], limiting: Sequ
 
 def main() -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, metavar="FILE.md", help="write the page (standard output)")
+    parser = page_parser(__doc__)
     parser.add_argument("--pairs", type=int, help="only the first so many, to try it")
     args = parser.parse_args()
     if not VIDEOS.is_dir():
@@ -295,10 +293,7 @@ def main() -> int:
     pairs = list(itertools.islice(chosen(), args.pairs))
     ours(pairs[0].frames)  # compiles
     text = page([row(pair) for pair in pairs], speeds(pairs), limits(pairs[::5]))
-    if args.write is None:
-        print(text)
-    else:
-        args.write.write_text(text)
+    publish(text, args.write)
     return 0
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from machine import cpu_facts
+from machine import cpu_facts, page_parser, publish
 
 REPEATS = 5
 RANKS = (1, 2, 4)
@@ -127,18 +127,14 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, metavar="FILE.md", help="write the page (standard output)")
+    parser = page_parser(__doc__)
     parser.add_argument("--worker", type=float, metavar="WIDTH", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is not None:
         worker(args.worker)
         return 0
     text = page([row for ranks in RANKS for row in measure(ranks)])
-    if args.write is None:
-        print(text)
-    else:
-        args.write.write_text(text)
+    publish(text, args.write)
     return 0
 
 

@@ -259,7 +259,7 @@ def _check_batch(config: Config, placement: Placement) -> None:
     step = tasks * micro
     if total % step == 0:
         return
-    fits = [str(number) for number in range(1, total // micro + 1) if total % (micro * number) == 0]
+    fits = map(str, config.train.possible_ranks)
     batches = [str(batch) for batch in (total // step * step, (total // step + 1) * step) if batch]
     raise UserError(
         f"train.global_batch={total} cannot be shared by {tasks} tasks in micro-batches of train.micro_batch={micro}: "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from dataloaders.errors import UserError
+from dataloaders.shards import write_atomically
 from rev2net.tracking import source_commit
 
 CODE, CONFIG, RECORD = "code", "config.yaml", "job.json"
@@ -124,9 +125,7 @@ def snapshot_environment(folder: Path) -> dict[str, str]:
 
 def record(folder: Path, job: Job) -> None:
     """Write `job.json`."""
-    part = folder / f"{RECORD}.part"
-    part.write_text(json.dumps(asdict(job), indent=1))
-    part.replace(folder / RECORD)
+    write_atomically(folder / RECORD, json.dumps(asdict(job), indent=1).encode())
 
 
 def now() -> str:

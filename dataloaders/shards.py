@@ -449,6 +449,12 @@ def _index_text(lines: Sequence[str]) -> bytes:
     return (f"{_INDEX_VERSION} {len(lines)}\n" + "".join(f"{line}\n" for line in lines)).encode()
 
 
+def file_sha256(path: Path) -> str:
+    """Hash of a file's content, read in parts."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def shard_name(split: str, number: int) -> str:
     """File name of a split's shard."""
     return f"{split}-{number:06d}.tar"

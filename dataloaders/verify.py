@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import tarfile
 import tempfile
@@ -26,11 +25,11 @@ from dataloaders.shards import (
     DataSet,
     SampleInfo,
     ShardInfo,
+    file_sha256,
     index_path,
 )
 from dataloaders.video import StoredVideo, decode_luma, inspect_video
 
-_READ_BYTES = 2**20
 _NO_BOUND = 1e9
 _WINDOW = 64
 _SMALL = 32
@@ -127,7 +126,7 @@ def _shard_problems(data: DataSet, shard: ShardInfo, decoders: Sequence[Decoder]
         size = path.stat().st_size
         if size != shard.bytes:
             yield f"{name}: {size} bytes, the manifest says {shard.bytes}"
-        elif _sha256(path) != shard.sha256:
+        elif file_sha256(path) != shard.sha256:
             yield f"{name}: its content has changed since it was written (sha256 differs)"
         if len(reader) != shard.samples:
             yield f"{name}: {len(reader)} samples in the index, the manifest says {shard.samples}"
@@ -184,14 +183,6 @@ def _members(path: Path) -> list[tuple[str, int, int]] | None:
             return [(member.name, member.offset_data, member.size) for member in tar if member.isfile()]
     except (tarfile.TarError, OSError):
         return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:

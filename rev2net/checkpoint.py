@@ -10,7 +10,6 @@ needed: see `Engine.forward_backward`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dataloaders.errors import UserError
-from dataloaders.shards import write_atomically
+from dataloaders.shards import file_sha256, write_atomically
 from rev2net.config import Config, config_from_tree
 from rev2net.engine import build_encoder, build_network
 from rev2net.models.i3d import I3D
@@ -116,9 +115,9 @@ class CheckpointWriter:
                     shutil.rmtree(old)
 
 
-def folder_of(run_folder: Path, step: int) -> Path:
+def folder_of(folder: Path, step: int) -> Path:
     """The checkpoint of a step, under a run's `checkpoints` folder."""
-    return run_folder / f"step-{step:08d}"
+    return folder / f"step-{step:08d}"
 
 
 def write(folder: Path, snapshot: Snapshot, state: RunState) -> Path:
@@ -136,7 +135,7 @@ def write(folder: Path, snapshot: Snapshot, state: RunState) -> Path:
         for name in TENSORS:
             file = aside / f"{name}.safetensors"
             save_file(dict(getattr(snapshot, name)), file)
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         tree = {"format": FORMAT, "files": files, **asdict(state)}
         (aside / "state.json").write_text(json.dumps(tree, indent=1))
         for file in aside.iterdir():
@@ -150,11 +149,6 @@ def write(folder: Path, snapshot: Snapshot, state: RunState) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"checkpoint {target} could not be written ({error}); the previous one is untouched") from error
     return target
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -173,7 +167,7 @@ def damage(checkpoint: Path) -> str | None:
             size = (checkpoint / name).stat().st_size
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes, {entry['bytes']} were written"
-            if _sha256(checkpoint / name) != entry["sha256"]:
+            if file_sha256(checkpoint / name) != entry["sha256"]:
                 return f"{name} does not have the hash that it was written with"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"

@@ -140,6 +140,12 @@ class TrainConfig(Section):
     )
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="more keys of DeepSpeed's own configuration")
 
+    @property
+    def possible_ranks(self) -> list[int]:
+        """Numbers of ranks that share the global batch in whole micro-batches."""
+        micro_batches = self.global_batch // self.micro_batch
+        return [ranks for ranks in range(1, micro_batches + 1) if self.global_batch % (self.micro_batch * ranks) == 0]
+
 
 class EvalConfig(Section):
     """Test protocol."""

@@ -69,10 +69,10 @@ def micro_batches(config: Config, ranks: Ranks) -> int:
     """
     micro, total = config.train.micro_batch, config.train.global_batch
     if total % (micro * ranks.world_size):
-        fits = [w for w in range(1, total // micro + 1) if total % (micro * w) == 0]
+        possible = ", ".join(map(str, config.train.possible_ranks))
         raise UserError(
             f"train.global_batch={total} cannot be divided into micro-batches of {micro} on {ranks.world_size} ranks; "
-            f"with these batches {', '.join(map(str, fits))} ranks are possible: change the number of ranks, "
+            f"with these batches {possible} ranks are possible: change the number of ranks, "
             "train.global_batch or train.micro_batch"
         )
     return total // (micro * ranks.world_size)

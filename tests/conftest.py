@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mlflow_server import MlflowServer
 from slurm import Slurm, missing
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -44,6 +45,14 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return error
 
     return run
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path) -> Iterator[MlflowServer]:
+    """A server that is not started yet."""
+    made = MlflowServer(tmp_path)
+    yield made
+    made.stop()
 
 
 @pytest.fixture

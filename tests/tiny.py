@@ -6,9 +6,15 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+
+from dataloaders.shards import DataSet, ShardReader
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -50,6 +56,66 @@ def free_ports(count: int) -> list[int]:
 def free_port() -> int:
     """One such port."""
     return free_ports(1)[0]
+
+
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """The environments of as many processes as torchrun gives them, for one start."""
+    place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**environment(), **place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def run_until_first_ends(*command: str) -> tuple[int, str, int]:
+    """Two ranks of a command that gets stuck on the second; the first one's status and words, and the other's pid."""
+    first, second = (
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**env, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for env in rank_environments(2)
+    )
+    try:
+        said, _ = first.communicate(timeout=120)
+    finally:
+        second.kill()
+        second.communicate()
+    return first.returncode, said, second.pid
+
+
+def wait(what: str, ready: Callable[[], object], seconds: float = 150) -> None:
+    """Poll until `ready`."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.01)
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of so much memory ("1m") at a new folder; skips where it cannot be mounted."""
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def spoil(data: Path, clips: int) -> None:
+    """Zeros in place of the videos of the first so many training clips, which have flow."""
+    left = clips
+    for shard in DataSet.open(data).shards("train"):
+        with ShardReader(shard.path) as reader, shard.path.open("r+b") as tar:
+            for name, offset, size in reader.components()[: 3 * left]:
+                if name.endswith(".mp4"):
+                    tar.seek(offset)
+                    tar.write(bytes(size))
+            left -= min(left, len(reader))
 
 
 def run(*command: str, expect: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from training import Training
 
-Hurt = Callable[..., Training]
-
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Training]:
@@ -27,7 +25,7 @@ def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 
 @pytest.fixture
-def training(tiny_data: Path, tmp_path: Path) -> Iterator[Hurt]:
+def training(tiny_data: Path, tmp_path: Path) -> Iterator[Callable[..., Training]]:
     """Makes trainings that are to be hurt; whatever is left of them is killed."""
     made: list[Training] = []
 

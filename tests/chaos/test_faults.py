@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
-from tiny import BIN, environment, free_port
-from training import TERMS, Training, wait
+from mlflow_server import MlflowServer
+from tiny import small_disk, spoil
+from training import Training
 
-from dataloaders.shards import DataSet, ShardReader
+from dataloaders.shards import DataSet
 from rev2net.cli import main
+from rev2net.losses import TERMS
 
 Record = Callable[[str, str, str], None]
 STEPS = ("train.duration=8steps", "train.checkpoint_every=3steps")
@@ -47,25 +48,20 @@ def test_p10_a_stopped_rank_is_named_with_its_process_state_and_the_job_ends(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 100 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)]
-    if subprocess.run(words, capture_output=True).returncode:
-        pytest.skip("this user may not mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "100m") as folder:
+        yield folder
 
 
 def test_p6_a_full_disk_ends_the_run_on_all_ranks_and_leaves_the_checkpoint_before(
-    small_disk: Path, training: Callable[..., Training], undisturbed: Callable[..., Training], record: Record
+    disk: Path, training: Callable[..., Training], undisturbed: Callable[..., Training], record: Record
 ) -> None:
     run = training(*STEPS, name="disk/run").start()
     run.wait_for("saved .*step-00000003")
-    ballast = small_disk / "ballast"
+    ballast = disk / "ballast"
     with ballast.open("wb") as file:
-        free = shutil.disk_usage(small_disk).free
+        free = shutil.disk_usage(disk).free
         file.write(bytes(free - 2_000_000))
     statuses = run.end()
     assert statuses == [1, 1]
@@ -138,18 +134,6 @@ def test_p8_a_shard_that_vanishes_ends_the_run_with_its_name(
     )
 
 
-def spoil(data: Path, clips: int) -> None:
-    """Zeros in place of the videos of the first so many training clips."""
-    left = clips
-    for shard in DataSet.open(data).shards("train"):
-        with ShardReader(shard.path) as reader, shard.path.open("r+b") as tar:
-            for name, offset, size in reader.components()[: 3 * left]:
-                if name.endswith(".mp4"):
-                    tar.seek(offset)
-                    tar.write(bytes(size))
-            left -= min(left, len(reader))
-
-
 @pytest.mark.chaos
 @pytest.mark.parametrize("bad", [3, 8])
 def test_p8_bad_clips_are_replaced_and_too_many_end_the_run(
@@ -174,66 +158,31 @@ def test_p8_bad_clips_are_replaced_and_too_many_end_the_run(
         )
 
 
-class Server:
-    """A real MLflow server on this machine that can be stopped and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port, self._folder = free_port(), folder
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Until it answers."""
-        store = ["--backend-store-uri", f"sqlite:///{self._folder}/server.db", "--host", "127.0.0.1"]
-        command = [str(BIN / "mlflow"), "server", *store, "--port", str(self.port), "--workers", "1"]
-        with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, "--artifacts-destination", str(self._folder / "artifacts")],
-                stdout=log, stderr=subprocess.STDOUT, env=environment(), start_new_session=True,
-            )  # fmt: skip
-        wait("the MLflow server", lambda: b"Application startup complete" in (self._folder / "server.log").read_bytes())
-
-    def stop(self) -> None:
-        """kill -9 of all its processes."""
-        if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        (self._folder / "server.log").unlink(missing_ok=True)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    """A server that is not started yet."""
-    made = Server(tmp_path)
-    yield made
-    made.stop()
-
-
 @pytest.mark.chaos
 @pytest.mark.parametrize("comes_back", [True, False], ids=["for a while", "for ever"])
 def test_p11_an_mlflow_server_that_stops_costs_nothing(
     comes_back: bool,
-    server: Server,
+    mlflow_server: MlflowServer,
     training: Callable[..., Training],
     undisturbed: Callable[..., Training],
     record: Record,
 ) -> None:
     words = ("train.duration=30steps", "train.checkpoint_every=10steps")
-    server.start()
-    run = training(*words, f"tracking.uri={server.uri}").start()
+    mlflow_server.start()
+    run = training(*words, f"tracking.uri={mlflow_server.uri}").start()
     run.wait_for_step(3)
-    server.stop()
+    mlflow_server.stop()
     run.wait_for_step(12)
     if comes_back:
-        server.start()
+        mlflow_server.start()
     run.finish()
     whole = undisturbed(*words)
     assert run.equals(whole)
     if not comes_back:
         assert "entries for MLflow could not be delivered" in run.said()
-        server.start()
+        mlflow_server.start()
         run.start().finish()  # nothing to train: what is left is delivered
-    client = MlflowClient(server.uri)
+    client = MlflowClient(mlflow_server.uri)
     (found,) = client.search_runs([client.get_experiment_by_name("rev2net").experiment_id])
     for term in TERMS:
         history = client.get_metric_history(found.info.run_id, term)

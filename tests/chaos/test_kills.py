@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from training import Training, wait
+from tiny import wait
+from training import Training
 
 Record = Callable[[str, str, str], None]
 

@@ -89,13 +89,26 @@ class Trainings:
         assert (self.folder / name / "result.json").exists(), f"{facts}\n{self.text(name)[-3000:]}"
         return facts
 
-    def equals_the_undisturbed_run(self, name: str) -> bool:
+    def check(self, name: str, facts: dict[str, str]) -> int:
+        """A disturbed run is whole: a start for each of Slurm's, every step, one MLflow run, the undisturbed weights.
+
+        Returns:
+            the number of steps that were done twice.
+        """
+        done = [step for _, step in self.lines(name)]
+        assert done.count(0) == int(facts["Restarts"])
+        assert set(done) == set(range(STEPS + 1))
+        assert self._is_one_mlflow_run(name)
+        assert self._equals_the_undisturbed_run(name)
+        return len(done) - done.count(0) - STEPS
+
+    def _equals_the_undisturbed_run(self, name: str) -> bool:
         """Whether a run ended with the weights of the one that nobody disturbed."""
         file = f"checkpoints/step-{STEPS:08d}/weights.safetensors"
         one, other = load_file(self.folder / "undisturbed" / file), load_file(self.folder / name / file)
         return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
 
-    def is_one_mlflow_run(self, name: str) -> bool:
+    def _is_one_mlflow_run(self, name: str) -> bool:
         """Whether the run is one in MLflow, finished, with each step once."""
         client = MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
         runs = client.search_runs(["1"], f"attributes.run_name = '{name}'")
@@ -161,12 +174,7 @@ def test_p7_a_job_that_reaches_its_time_limit_goes_on_without_a_step_twice(
     with trainings.stopped_until_signalled("limited"):
         pass
     facts = trainings.finish("limited")
-    done = [step for _, step in trainings.lines("limited")]
-    restarts = done.count(0)
-    assert restarts == int(facts["Restarts"]) >= 1
-    assert [step for step in done if step] == list(range(1, STEPS + 1))
-    assert trainings.is_one_mlflow_run("limited")
-    assert trainings.equals_the_undisturbed_run("limited")
+    assert trainings.check("limited", facts) == 0 and int(facts["Restarts"]) >= 1
     record(
         "the job reaches its time limit",
         f"saved at the signal, requeued itself, went on in the same MLflow run; the same weights in the end; "
@@ -184,12 +192,8 @@ def test_p4_a_job_whose_node_goes_down_goes_on_from_its_last_checkpoint(training
     finally:
         slurm.command("scontrol", "update", "nodename=n2", "state=resume")  # fails where the node is back by itself
     facts = trainings.finish("node")
-    done = [step for _, step in trainings.lines("node")]
-    lost = len(done) - done.count(0) - STEPS
-    assert facts["Restarts"] == "1" and done.count(0) == 1
-    assert set(done) == set(range(STEPS + 1)) and 0 <= lost <= EVERY
-    assert trainings.is_one_mlflow_run("node")
-    assert trainings.equals_the_undisturbed_run("node")
+    lost = trainings.check("node", facts)
+    assert facts["Restarts"] == "1" and lost <= EVERY
     record(
         "a node goes down",
         f"Slurm requeued the job; once the node was back it went on in the same MLflow run; "
@@ -204,11 +208,7 @@ def test_p7_a_job_that_is_preempted_twice_does_no_step_twice(trainings: Training
         trainings.wait_for_step("preempted", after_starts=starts)
         trainings.preempt("preempted")
     facts = trainings.finish("preempted")
-    done = [step for _, step in trainings.lines("preempted")]
-    assert facts["Restarts"] == "2" and done.count(0) == 2
-    assert [step for step in done if step] == list(range(1, STEPS + 1))
-    assert trainings.is_one_mlflow_run("preempted")
-    assert trainings.equals_the_undisturbed_run("preempted")
+    assert trainings.check("preempted", facts) == 0 and facts["Restarts"] == "2"
     record(
         "a job of a higher partition preempts it, twice",
         f"saved at each signal, requeued, went on in the same MLflow run; the same weights in the end; "
@@ -228,13 +228,8 @@ def test_p7_a_preempted_job_is_requeued_from_outside_its_container(
     trainings.wait_for_step("contained")
     trainings.preempt("contained")
     facts = trainings.finish("contained")
-    done = [step for _, step in trainings.lines("contained")]
-    assert facts["Restarts"] == "1" and done.count(0) == 1
-    assert [step for step in done if step] == list(range(1, STEPS + 1))
-    (log,) = (
-        each.log(0, "out") for each in read_jobs(trainings.folder / "jobs") if each.job.output.endswith("contained")
-    )
-    assert "asked the job's script to requeue" in log.read_text()
+    assert trainings.check("contained", facts) == 0 and facts["Restarts"] == "1"
+    assert "asked the job's script to requeue" in trainings.job("contained").log(0, "out").read_text()
     record(
         "a job in a container is preempted",
         f"saved at the signal, requeued by its script, which runs outside, and went on; "

@@ -9,23 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 from safetensors.torch import load_file
-from tiny import ROOT, TINY, environment, free_port
+from tiny import ROOT, TINY, environment, free_port, rank_environments, wait
 
-TERMS = ("loss/total", "loss/ce", "loss/ddp_high", "loss/ddp_low", "loss/flow", "loss/frame")
+from rev2net.losses import TERMS
+
 CONFIG = "configs/demo.yaml"
-
-
-def wait(what: str, ready: Callable[[], bool], seconds: float = 150) -> None:
-    """Poll until `ready`."""
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.01)
 
 
 class Training:
@@ -43,19 +35,16 @@ class Training:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._starts = 0
 
-    def start(self, *words: str, ranks: int | None = None, env: dict[str, str] | None = None) -> Training:
+    def start(self) -> Training:
         """Start all ranks, as torchrun does on one machine."""
-        self.ranks = ranks or self.ranks
         self._starts += 1
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        place = {"WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        command = [sys.executable, "-m", "rev2net", "train", *self.words]
         self._processes = []
-        for rank in range(self.ranks):
-            own = {**environment(), **(env or {}), **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank, env in enumerate(rank_environments(self.ranks)):
             with self._log(rank).open("wb") as log:
-                command = [sys.executable, "-m", "rev2net", "train", *self.words, *words]
                 self._processes.append(
-                    subprocess.Popen(command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT)
+                    subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
                 )
         return self
 

@@ -6,13 +6,13 @@ import os
 import pickle
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 import pytest
+from tiny import wait
 
 from cluster.cli import main
 from cluster.doctor import diagnose
@@ -219,10 +219,7 @@ def stoppable_work(folder: Path) -> Any:
 
 
 def wait_for_pid(path: Path) -> int:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path.name} did not start"
-        time.sleep(0.05)
+    wait(f"start of {path.name}", path.exists, 60)
     return int(path.read_text())
 
 

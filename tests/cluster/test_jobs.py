@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, TINY, environment
+from tiny import ROOT, TINY, environment, wait
 
 from cluster.cli import main
 from cluster.jobs import CODE, Job, new_folder, read_jobs, record
@@ -93,7 +92,7 @@ def test_a_training_on_this_machine_is_watched_cancelled_and_finished(
 
     log, code = output / "train.log", [sys.executable, "-m", "cluster.cli"]
     with subprocess.Popen([*code, *words, "train.duration=9999steps"], cwd=ROOT, env=inherited()) as submit:
-        wait(lambda: (log.exists() and "step 2/9999" in log.read_text()) or submit.poll() is not None)
+        wait("step 2", lambda: (log.exists() and "step 2/9999" in log.read_text()) or submit.poll() is not None)
         (folder,) = (tmp_path / "jobs").iterdir()
         job = json.loads((folder / "job.json").read_text())["ids"][0]
         row = status(job)
@@ -118,10 +117,3 @@ def test_a_training_on_this_machine_is_watched_cancelled_and_finished(
 def inherited() -> dict[str, str]:
     env = environment()
     return {**env, "PYTHONPATH": f"{ROOT}:{env['PYTHONPATH']}"}
-
-
-def wait(ready: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 200
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from clips import contents, make_source, moving, write_video
+from tiny import small_disk, wait
 
 from dataloaders.errors import UserError
 from dataloaders.prepare import prepare, prepare_share
@@ -111,10 +112,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     assert len(workers) == 2 and all(running(pid) for pid in workers)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 60
-    while any(running(pid) for pid in workers):
-        assert time.monotonic() < deadline, "the workers go on without their parent"
-        time.sleep(0.05)
+    wait("the workers' end after their parent's", lambda: not any(running(pid) for pid in workers), 60)
 
 
 def running(pid: str) -> bool:
@@ -126,23 +124,19 @@ def running(pid: str) -> bool:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("this user may not mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
 def test_a_full_disk_is_named_and_the_next_run_goes_on(
-    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = make_source(tmp_path / "in", clips=5, frames=30)
-    ballast = small_disk / "ballast"
+    ballast = disk / "ballast"
     ballast.write_bytes(bytes(960_000))
-    out = small_disk / "data"
+    out = disk / "data"
     words = ["prepare", "folder", str(source), str(out), "--short-side", "64", "--workers", "1"]
     assert main(words) == 1
     said = capsys.readouterr().err.splitlines()[-1]
@@ -157,16 +151,16 @@ def test_a_full_disk_is_named_and_the_next_run_goes_on(
 
 
 def test_a_disk_that_fills_while_shards_are_written_leaves_no_part_of_one(
-    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = make_source(tmp_path / "in", clips=5, frames=30)
     words = ["prepare", "folder", str(source), "--short-side", "64", "--workers", "1"]
     assert main([*words, str(tmp_path / "whole")]) == 0
     size = sum(file.stat().st_size for file in (tmp_path / "whole").iterdir())
-    ballast = small_disk / "ballast"
+    ballast = disk / "ballast"
     # Room for the samples, each file of which takes whole pages, and for a part of the shards.
     ballast.write_bytes(bytes(2**20 - int(1.4 * size) - 60_000))
-    out = small_disk / "data"
+    out = disk / "data"
     assert main([*words, str(out)]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert "No space left on device" in said and f"{out}/" in said and ".tar" in said

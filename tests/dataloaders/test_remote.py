@@ -26,6 +26,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from tiny import small_disk
 from tiny_data import make_dataset
 
 from dataloaders import lanes, remote
@@ -410,23 +411,19 @@ def test_p8_a_server_that_is_away_for_ever_is_one_clear_error_and_no_bad_clip(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 32 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("this user may not mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "32k") as folder:
+        yield folder
 
 
-def test_p12_a_full_disk_of_the_cache_is_named_and_leaves_nothing_half(local: DataSet, small_disk: Path) -> None:
+def test_p12_a_full_disk_of_the_cache_is_named_and_leaves_nothing_half(local: DataSet, disk: Path) -> None:
     assert sizes(local)[0] > 32_768
-    shard = DataSet.open(local.folder.as_uri(), cache=small_disk).shards("train")[0]
-    with pytest.raises(OSError, match=rf"No space left on device; lower loader\.cache_gb.*{small_disk}") as told:
+    shard = DataSet.open(local.folder.as_uri(), cache=disk).shards("train")[0]
+    with pytest.raises(OSError, match=rf"No space left on device; lower loader\.cache_gb.*{disk}") as told:
         shard.open()
     assert told.value.errno == errno.ENOSPC
-    assert not kept(small_disk) and not list(small_disk.rglob("*.part"))
+    assert not kept(disk) and not list(disk.rglob("*.part"))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
-from tiny import ROOT, environment, free_port
+from tiny import run_until_first_ends
 
 WORKER = """
 import sys, time
@@ -26,21 +25,5 @@ except RuntimeError as error:
 
 def test_after_the_first_step_a_collective_without_partners_ends() -> None:
     """Thirty minutes are allowed before that, so it ends for this limit or not at all."""
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    first, second = (
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            cwd=ROOT,
-            env={**environment(), **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    )
-    try:
-        out, error = first.communicate(timeout=120)
-    finally:
-        second.kill()
-        second.communicate()
-    assert "joined" in out and first.returncode == 1 and "gave up: " in error, error
+    status, said, _ = run_until_first_ends(sys.executable, "-c", WORKER)
+    assert "joined" in said and status == 1 and "gave up: " in said, said

@@ -2,59 +2,42 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, environment
+from tiny import run_until_first_ends
 
 from rev2net.heartbeat import process_state
 
 WORKER = Path(__file__).with_name("heartbeat_worker.py")
 
 
-def run_two(folder: Path, how: str) -> tuple[int, str, subprocess.Popen[str]]:
-    """Rank 0's status and words, and rank 1, which is killed when rank 0 has ended."""
-    first, second = (
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), str(rank), "2", how],
-            cwd=ROOT,
-            env={**environment(), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    )
-    try:
-        said, _ = first.communicate(timeout=120)
-    finally:
-        second.kill()
-        second.communicate()
-    return first.returncode, said, second
+def run_two(folder: Path, how: str) -> tuple[int, str, int]:
+    """Rank 0's status and words, and rank 1's process."""
+    return run_until_first_ends(sys.executable, str(WORKER), str(folder), "2", how)
 
 
 @pytest.mark.parametrize("how", ["sleep", "thread"])
 def test_p10_a_rank_that_is_stuck_is_named_with_its_stacks(how: str, tmp_path: Path) -> None:
-    status, said, second = run_two(tmp_path, how)
+    status, said, pid = run_two(tmp_path, how)
     assert status == 1
     assert "no rank has made progress for 2 s" in said
-    assert f"rank 1 (process {second.pid} on " in said and "does step 3, it stands at\nthread MainThread:" in said
+    assert f"rank 1 (process {pid} on " in said and "does step 3, it stands at\nthread MainThread:" in said
     assert "in stuck_here" in said and "rank 0 (" not in said and "told: " in said
     assert ("thread lane-0:" in said) == (how == "thread")
 
 
 def test_p10_a_stopped_process_is_named_with_its_state(tmp_path: Path) -> None:
-    status, said, second = run_two(tmp_path, "stop")
+    status, said, pid = run_two(tmp_path, "stop")
     assert status == 1
-    assert f"rank 1 (process {second.pid} on " in said and "does not run: its state is T (stopped)" in said
+    assert f"rank 1 (process {pid} on " in said and "does not run: its state is T (stopped)" in said
 
 
 def test_a_silent_process_of_another_machine_and_one_that_is_gone() -> None:
     assert "look at that machine" in process_state("elsewhere", 1)
     process = subprocess.Popen(["true"])
     process.wait()
-    import socket
-
     assert process_state(socket.gethostname(), process.pid) == "is gone"

@@ -5,14 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
-from tiny import environment, free_port
+from mlflow_server import MlflowServer
+from tiny import environment
 
 from rev2net import tracking
 from rev2net.config import Config, load_config
@@ -32,36 +30,15 @@ def history(uri: str, name: str = "x") -> list[list[tuple[int, float]]]:
     return [[(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] for run in runs]
 
 
-@contextmanager
-def server(folder: Path, port: int) -> Iterator[None]:
-    """A real MLflow server."""
-    words = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    words += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--default-artifact-root", f"{folder}/artifacts"]
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, env=environment())
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "server.log").read_text()[-2000:]
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                    break
-            except OSError:
-                time.sleep(0.2)
-        yield
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
 def test_p11_what_a_server_missed_arrives_once_it_is_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    mlflow_server: MlflowServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.2)
     monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 4.0)
-    port = free_port()
-    uri = f"http://127.0.0.1:{port}"
-    config = configuration(tmp_path, uri)
+    config = configuration(tmp_path, mlflow_server.uri)
     begin = time.monotonic()
     with Tracker(config, active=True) as tracker:
         for step in (1, 2, 3):
@@ -70,19 +47,19 @@ def test_p11_what_a_server_missed_arrives_once_it_is_back(
     assert called < 3.0, "logging waited for the server"
     assert caplog.text.count("fails, training goes on") == 1
     assert "6 entries for MLflow could not be delivered" in caplog.text
-    with server(tmp_path, port):
-        monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 60.0)
-        # As after a kill behind step 2: step 3 comes again, and is dropped.
-        with Tracker(config, active=True, resumed=True) as tracker:
-            for step in (3, 4):
-                tracker.metrics({"x": step / 2}, step)
-        assert history(uri) == [[(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]]
-        client = MlflowClient(uri)
-        assert tracker.run_id is not None
-        assert client.get_run(tracker.run_id).info.status == "FINISHED"
-        # Nothing is left, and nothing is sent a second time.
-        Tracker(config, active=True, resumed=True).close()
-        assert len(history(uri)[0]) == 4
+    mlflow_server.start()
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 60.0)
+    # As after a kill behind step 2: step 3 comes again, and is dropped.
+    with Tracker(config, active=True, resumed=True) as tracker:
+        for step in (3, 4):
+            tracker.metrics({"x": step / 2}, step)
+    assert history(mlflow_server.uri) == [[(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]]
+    client = MlflowClient(mlflow_server.uri)
+    assert tracker.run_id is not None
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    # Nothing is left, and nothing is sent a second time.
+    Tracker(config, active=True, resumed=True).close()
+    assert len(history(mlflow_server.uri)[0]) == 4
 
 
 def test_p11_a_kill_loses_no_entry_and_a_torn_one_is_dropped(tmp_path: Path) -> None:

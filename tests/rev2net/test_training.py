@@ -14,10 +14,9 @@ import torch
 import yaml
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
-from tiny import BIN, TINY, Trained, run
+from tiny import BIN, TINY, Trained, run, spoil
 
 from dataloaders.errors import UserError
-from dataloaders.shards import DataSet, ShardReader
 from rev2net import checkpoint
 from rev2net.cli import main
 from rev2net.config import load_config
@@ -189,12 +188,7 @@ def test_p4_p5_every_zero_stage_saves_restores_and_agrees(
 def test_p8_replaced_clips_are_counted_and_too_many_end_the_run(tiny_data: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
-    (shard,) = DataSet.open(data).shards("train")
-    with ShardReader(shard.path) as reader, shard.path.open("r+b") as tar:
-        for name, offset, size in reader.components()[:6]:  # of two clips
-            if name.endswith(".mp4"):
-                tar.seek(offset)
-                tar.write(bytes(size))
+    spoil(data, 2)
     words = [*TINY, f"data.path={data}", "train.threads=1", "train.micro_batch=8"]
     with pytest.raises(RuntimeError, match=r"clips cannot be decoded, more than loader\.max_bad=0\.01 allows"):
         train(load_config("configs/demo.yaml", [*words, f"output={tmp_path}/strict"]))
