@@ -43,7 +43,8 @@ def worker(width: float) -> None:
     from rev2net import checkpoint, snapshot
     from rev2net.config import config_from_tree
     from rev2net.distributed import join, read_ranks
-    from rev2net.engine import build_engine, build_network
+    from rev2net.engine import build_engine
+    from rev2net.models.build import build_network
 
     ranks = read_ranks()
     join(ranks, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -12,19 +12,21 @@ from dataloaders.flow.codes import BOUND, LEVELS, ZERO_CODE
 from dataloaders.plan import IDENTITY_COLOUR, ClipPlan, ClipShape
 from dataloaders.shards import SampleInfo
 
+Stream = Literal["rgb", "flow"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipRequest:
     """One clip to decode.
 
     Attributes:
-        rgb, flow: the encoded videos; flow is None where it is not wanted.
+        rgb, flow: the encoded videos; None where it is not wanted. One is.
         sample: index in the unshuffled data set.
         view: which of the video's test views this is; 0 in training.
     """
 
     key: str
-    rgb: bytes
+    rgb: bytes | None
     flow: bytes | None
     info: SampleInfo
     plan: ClipPlan
@@ -38,12 +40,12 @@ class RawClips:
     """A backend's output, on the device it works on.
 
     Attributes:
-        frames: uint8 [N, T, H, W, 3], RGB, full range.
+        frames: uint8 [N, T, H, W, 3], RGB, full range; or None.
         flow: uint8 [N, T, H, W, 2], codes of u and v (see dataloaders.flow.codes), still in the units of the stored
             video and of the unflipped picture; or None.
     """
 
-    frames: torch.Tensor
+    frames: torch.Tensor | None
     flow: torch.Tensor | None
 
 
@@ -51,7 +53,7 @@ class Backend(Protocol):
     """A way of executing clip plans."""
 
     def decode(self, requests: Sequence[ClipRequest]) -> RawClips:
-        """Decode clips of one shape, all with flow or all without; DecodeError names the first that cannot be."""
+        """Decode clips of one shape, all of the same streams; DecodeError names the first that cannot be."""
 
     def close(self) -> None:
         """Stop the backend's threads."""
@@ -62,7 +64,7 @@ class ClipBatch:
     """Clips as the network gets them, the same from every backend.
 
     Attributes:
-        video: float32 [N, 3, T, H, W] in [-1, 1].
+        video: float32 [N, 3, T, H, W] in [-1, 1]; or None.
         flow: float32 [N, 2, T, H, W], u and v in units of 20 pixels of the resized clip, clipped to [-1, 1]; or None.
         label: int64 [N].
         sample: int64 [N], index in the unshuffled data set.
@@ -70,7 +72,7 @@ class ClipBatch:
         keys: the samples' keys.
     """
 
-    video: torch.Tensor
+    video: torch.Tensor | None
     flow: torch.Tensor | None
     label: torch.Tensor
     sample: torch.Tensor
@@ -80,17 +82,23 @@ class ClipBatch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def stream(self, name: Stream) -> torch.Tensor:
+        """`video` or `flow`, which the loader was told to decode."""
+        clips = self.video if name == "rgb" else self.flow
+        assert clips is not None, f"the loader does not decode {name}"
+        return clips
+
     def to(self, device: torch.device | str, channels_last: bool) -> ClipBatch:
         """The batch on `device`, the clips in channels_last_3d or in contiguous memory format."""
         layout = torch.channels_last_3d if channels_last else torch.contiguous_format
 
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True).contiguous(memory_format=layout)
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True).contiguous(memory_format=layout)
 
         return replace(
             self,
             video=move(self.video),
-            flow=None if self.flow is None else move(self.flow),
+            flow=move(self.flow),
             label=self.label.to(device, non_blocking=True),
             sample=self.sample.to(device, non_blocking=True),
             view=self.view.to(device, non_blocking=True),
@@ -107,7 +115,7 @@ def to_batch(raw: RawClips, requests: Sequence[ClipRequest], device: torch.devic
         return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
     return ClipBatch(
-        video=_video(raw.frames.to(device, non_blocking=True), requests),
+        video=None if raw.frames is None else _video(raw.frames.to(device, non_blocking=True), requests),
         flow=None if raw.flow is None else _flow(raw.flow.to(device, non_blocking=True), requests),
         label=integers([request.info.label for request in requests]),
         sample=integers([request.sample for request in requests]),

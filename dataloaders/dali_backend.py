@@ -47,9 +47,16 @@ def check_codec(codec: str, device: torch.device) -> None:
 
 
 def clip_pipeline(
-    *, words: DeviceWords, device_id: int | None, batch: int, threads: int, size: tuple[int, int], with_flow: bool
+    *,
+    words: DeviceWords,
+    device_id: int | None,
+    batch: int,
+    threads: int,
+    size: tuple[int, int],
+    with_flow: bool,
+    with_rgb: bool = True,
 ) -> Pipeline:
-    """The graph, not yet built; its outputs are frames and, with flow, the planes of u and v.
+    """The graph, not yet built; its outputs are frames, with rgb, and the planes of u and v, with flow.
 
     Args:
         size: height and width of the clips.
@@ -57,8 +64,9 @@ def clip_pipeline(
     pipeline = Pipeline(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=1, seed=0)
     with pipeline:
         flip = _input("flip", types.INT32, 0)
-        frames = _cut(_decoded("rgb", words), "crop", flip, words, size)
-        outputs = [frames]
+        outputs = []
+        if with_rgb:
+            outputs += [_cut(_decoded("rgb", words), "crop", flip, words, size)]
         if with_flow:
             # Full-range flow with chroma 128 decodes to R = G = B = code; channel 0 is taken.
             stacked = _decoded("flow", words)
@@ -111,9 +119,17 @@ class DALIBackend:
     """
 
     def __init__(
-        self, *, device: torch.device, batch: int, threads: int, size: tuple[int, int], with_flow: bool
+        self,
+        *,
+        device: torch.device,
+        batch: int,
+        threads: int,
+        size: tuple[int, int],
+        with_flow: bool,
+        with_rgb: bool = True,
     ) -> None:
         self._device = device
+        self._with_rgb = with_rgb
         self._batch = batch
         self._threads = max(1, threads)
         self._size = size
@@ -132,6 +148,7 @@ class DALIBackend:
             threads=self._threads,
             size=self._size,
             with_flow=self._with_flow,
+            with_rgb=self._with_rgb,
         )
         pipeline.build()
         return pipeline
@@ -160,9 +177,12 @@ class DALIBackend:
         return None
 
     def _run(self, requests: Sequence[ClipRequest]) -> RawClips:
-        outputs = self._pipeline.run(**_feeds(requests, with_flow=self._with_flow))
+        outputs = self._pipeline.run(**_feeds(requests, with_flow=self._with_flow, with_rgb=self._with_rgb))
         tensors = [self._tensor(output) for output in outputs]
-        return RawClips(frames=tensors[0], flow=torch.cat(tensors[1:], dim=-1) if self._with_flow else None)
+        return RawClips(
+            frames=tensors[0] if self._with_rgb else None,
+            flow=torch.cat(tensors[-2:], dim=-1) if self._with_flow else None,
+        )
 
     def _tensor(self, output: Any) -> torch.Tensor:
         """A torch tensor on the same device; copied there, since DALI may use its memory again."""
@@ -203,18 +223,24 @@ class DecoderOnly:
         return len(requests)
 
 
-def _feeds(requests: Sequence[ClipRequest], *, with_flow: bool) -> dict[str, list[npt.NDArray[Any]]]:
+def _feeds(
+    requests: Sequence[ClipRequest], *, with_flow: bool, with_rgb: bool = True
+) -> dict[str, list[npt.NDArray[Any]]]:
     """The graph's inputs by name, one array per clip."""
-    names = ["rgb", "rgb_frames", "crop_start", "crop_shape", "flip"]
+    names = ["flip"]
+    if with_rgb:
+        names += ["rgb", "rgb_frames", "crop_start", "crop_shape"]
     if with_flow:
         names += ["flow", "flow_frames", "u_start", "u_shape", "v_start", "v_shape"]
     feeds: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
     for request in requests:
         plan, info = request.plan, request.info
-        _feed_video(feeds, "rgb", request.rgb, plan.frames, request)
-        feeds["crop_start"].append(_ints((*plan.crop[:2], 0)))
-        feeds["crop_shape"].append(_ints((*plan.crop[2:], 3)))
         feeds["flip"].append(np.array(plan.flip, np.int32))
+        if with_rgb:
+            assert request.rgb is not None
+            _feed_video(feeds, "rgb", request.rgb, plan.frames, request)
+            feeds["crop_start"].append(_ints((*plan.crop[:2], 0)))
+            feeds["crop_shape"].append(_ints((*plan.crop[2:], 3)))
         if not with_flow:
             continue
         if request.flow is None or info.flow_height is None:

@@ -170,6 +170,7 @@ def make_lanes(
     batch: int,
     shape: ClipShape,
     with_flow: bool,
+    with_rgb: bool = True,
 ) -> list[Lane]:
     """The lanes of a loader: several over one pool of threads with PyAV, one per pipeline with DALI."""
     chosen = choose_backend(backend, dataset.codec, device)
@@ -188,6 +189,7 @@ def make_lanes(
                 threads=max(1, workers // pipelines),
                 size=(shape.height, shape.width),
                 with_flow=with_flow,
+                with_rgb=with_rgb,
             )
         )
         for _ in range(pipelines)

@@ -64,6 +64,7 @@ class TrainLoader:
         prefetch: micro-batches decoded ahead.
         pipelines_per_gpu: DALI pipelines, taking turns (one pipeline feeds one NVDEC unit).
         with_flow: also decode the flow.
+        with_rgb: False decodes the flow alone.
         slices: S of the order; the global batch by default.
 
     Attributes:
@@ -93,11 +94,12 @@ class TrainLoader:
         pipelines_per_gpu: int = 1,
         device: torch.device | str = "cpu",
         with_flow: bool = False,
+        with_rgb: bool = True,
         start_step: int = 0,
         slices: int | None = None,
     ) -> None:
         _check_batches(global_batch, micro_batch, world_size)
-        self._source = Samples(dataset, split, with_flow=with_flow)
+        self._source = Samples(dataset, split, with_flow=with_flow, with_rgb=with_rgb)
         self._order = GlobalOrder(self._source.shard_sizes, seed=seed, slices=slices or global_batch)
         self._shape = shape
         self._augment = augment or Augment(scales=(1.0,), flip=0.0)
@@ -117,6 +119,7 @@ class TrainLoader:
             batch=micro_batch,
             shape=shape,
             with_flow=with_flow,
+            with_rgb=with_rgb,
         )
         self._fetch = FetchAhead(self._source, self._order)
         self._ahead = Ahead(self._lanes, self._load, self._tasks(start_step), max(prefetch, len(self._lanes)))
@@ -280,9 +283,10 @@ class EvalLoader:
         pipelines_per_gpu: int = 1,
         device: torch.device | str = "cpu",
         with_flow: bool = False,
+        with_rgb: bool = True,
         backwards: bool = False,
     ) -> None:
-        self._source = Samples(dataset, split, with_flow=with_flow)
+        self._source = Samples(dataset, split, with_flow=with_flow, with_rgb=with_rgb)
         self._order = GlobalOrder(self._source.shard_sizes, seed=0, slices=1, shuffle=False)
         self._shape = shape
         self._views = views
@@ -303,6 +307,7 @@ class EvalLoader:
             batch=self._batch_size,
             shape=shape,
             with_flow=with_flow,
+            with_rgb=with_rgb,
         )
         self.failed: list[Failure] = []
         self.wait_seconds = 0.0
@@ -429,9 +434,11 @@ class _Loaded:
 
 def _pinned(raw: RawClips) -> RawClips:
     """Page-locked memory, from which a GPU copies in the background."""
-    if raw.frames.is_cuda:
-        return raw
-    return RawClips(frames=raw.frames.pin_memory(), flow=None if raw.flow is None else raw.flow.pin_memory())
+
+    def pinned(clips: torch.Tensor | None) -> torch.Tensor | None:
+        return clips if clips is None or clips.is_cuda else clips.pin_memory()
+
+    return RawClips(frames=pinned(raw.frames), flow=pinned(raw.flow))
 
 
 def _check_batches(global_batch: int, micro_batch: int, world_size: int) -> None:

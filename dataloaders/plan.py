@@ -7,6 +7,7 @@ clip of a (seed, epoch, sample) never changes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,12 +31,34 @@ _WHOLE_VIDEO_MULTIPLE = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipShape:
-    """Size of a clip as the network sees it; `stride` is in stored frames."""
+    """Size of a clip as the network sees it.
+
+    Attributes:
+        frames: all of them.
+        stride: distance of consecutive frames, in stored frames.
+        segments: 0, or the number of equal parts of the video from each of which comes an equal share of the frames,
+            consecutive ones (TSN, Wang et al. 2016, section 3.1).
+    """
 
     frames: int
     height: int
     width: int
     stride: int = 1
+    segments: int = 0
+
+    @property
+    def run(self) -> int:
+        """Frames that follow one another."""
+        return self.frames // self.segments if self.segments else self.frames
+
+    @property
+    def span(self) -> int:
+        """Stored frames from the first to the last of a run."""
+        return (self.run - 1) * self.stride + 1
+
+    def starts(self, num_frames: int) -> int:
+        """Number of frames of a video at which a run can start; one shorter than the run is looped, from any frame."""
+        return num_frames - self.span + 1 if self.span <= num_frames else num_frames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,13 +141,15 @@ class Views:
 
 
 def train_plan(info: SampleInfo, shape: ClipShape, augment: Augment, *, seed: int, epoch: int, sample: int) -> ClipPlan:
-    """Draw a training clip: random position in time, multi-scale random crop, flip, colour jitter."""
+    """Draw a training clip: random position in time (in each segment), multi-scale random crop, flip, colour jitter."""
     draws = Draws(Purpose.CLIP_PLAN, seed, epoch, sample)
-    span = (shape.frames - 1) * shape.stride + 1
-    # A video shorter than the clip is looped, from any of its frames on.
-    start = draws.below(info.num_frames - span + 1 if span <= info.num_frames else info.num_frames)
+    possible = shape.starts(info.num_frames)
+    if shape.segments:
+        starts = [_in_segment(possible, shape.segments, k, draws.uniform()) for k in range(shape.segments)]
+    else:
+        starts = [draws.below(possible)]
     return ClipPlan(
-        frames=_clip_frames(info, shape, start),
+        frames=_clip_frames(info, shape, starts),
         crop=_random_crop(info, shape, augment, draws),
         flip=draws.uniform() < augment.flip,
         colour=_jitter(augment, draws),
@@ -136,15 +161,22 @@ def test_views(
 ) -> list[ClipPlan]:
     """The clips of one video at test time, those of the same frames one after the other.
 
-    Clips stand evenly from the first to the last possible position (one clip: in the middle). The crop is the largest
-    of the clip's aspect ratio; three crops stand at the ends and in the middle of the video's longer side.
+    Clips stand evenly from the first to the last possible position (one clip: in the middle); with segments they stand
+    evenly inside each segment. The crop is the largest of the clip's aspect ratio; three crops stand at the ends and in
+    the middle of the video's longer side.
     """
-    span = (shape.frames - 1) * shape.stride + 1
-    room = max(0, info.num_frames - span)
-    starts = [room // 2] if temporal == 1 else [round(k * room / (temporal - 1)) for k in range(temporal)]
+    room = max(0, info.num_frames - shape.span)
+    if shape.segments:
+        possible, segments = shape.starts(info.num_frames), shape.segments
+        parts = [(k + 0.5) / temporal for k in range(temporal)]
+        starts = [[_in_segment(possible, segments, k, part) for k in range(segments)] for part in parts]
+    elif temporal == 1:
+        starts = [[room // 2]]
+    else:
+        starts = [[round(k * room / (temporal - 1))] for k in range(temporal)]
     plans = []
-    for start in starts:
-        frames = _clip_frames(info, shape, start)
+    for each in starts:
+        frames = _clip_frames(info, shape, each)
         for part in (0.5,) if spatial == 1 else (0.0, 0.5, 1.0):
             crop = _placed_crop(info, shape, part)
             plans.append(_in_direction(frames, crop, backwards))
@@ -175,8 +207,14 @@ def _in_direction(frames: tuple[int, ...], crop: Crop, backwards: bool) -> ClipP
     return ClipPlan(frames=frames[::-1] if backwards else frames, crop=crop, backwards=backwards)
 
 
-def _clip_frames(info: SampleInfo, shape: ClipShape, start: int) -> tuple[int, ...]:
-    return tuple((start + k * shape.stride) % info.num_frames for k in range(shape.frames))
+def _clip_frames(info: SampleInfo, shape: ClipShape, starts: Sequence[int]) -> tuple[int, ...]:
+    return tuple((start + k * shape.stride) % info.num_frames for start in starts for k in range(shape.run))
+
+
+def _in_segment(possible: int, segments: int, segment: int, part: float) -> int:
+    """A start in one of equal segments of all `possible` ones, `part` in [0, 1) of the way through it."""
+    first, last = segment * possible // segments, (segment + 1) * possible // segments
+    return min(first + int(part * max(1, last - first)), possible - 1)
 
 
 def _grid(info: SampleInfo) -> int:

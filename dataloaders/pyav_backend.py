@@ -40,34 +40,48 @@ class PyAVBackend:
 
     def decode(self, requests: Sequence[ClipRequest]) -> RawClips:
         """See dataloaders.batch.Backend."""
-        videos = [list(group) for _, group in groupby(requests, key=lambda request: (request.key, id(request.rgb)))]
+        videos = [list(group) for _, group in groupby(requests, key=lambda r: (r.key, id(r.rgb), id(r.flow)))]
         futures = [self._pool.submit(_decode_views, video) for video in videos]
         clips = [clip for future in futures for clip in future.result()]
-        flows = [flow for _, flow in clips if flow is not None]
-        assert len(flows) in (0, len(clips)), "all clips with flow or all without"
-        return RawClips(frames=torch.stack([frames for frames, _ in clips]), flow=torch.stack(flows) if flows else None)
+        streams = [[clip for clip in stream if clip is not None] for stream in zip(*clips, strict=True)]
+        assert all(len(stream) in (0, len(clips)) for stream in streams), "all clips of the same streams"
+        frames, flow = (torch.stack(stream) if stream else None for stream in streams)
+        return RawClips(frames=frames, flow=flow)
 
     def close(self) -> None:
         """Stop the threads after the clips in hand."""
         self._pool.shutdown(cancel_futures=True)
 
 
-def _decode_views(requests: Sequence[ClipRequest]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Clips of one video: frames uint8 [T, H, W, 3] and flow uint8 [T, H, W, 2] or None of each."""
+Clip = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Frames uint8 [T, H, W, 3] and flow uint8 [T, H, W, 2]."""
+
+
+def _decode_views(requests: Sequence[ClipRequest]) -> list[Clip]:
+    """Clips of one video."""
+    frames = _frames_of(requests)
+    return list(zip(frames, _flows_of(requests), strict=True))
+
+
+def _frames_of(requests: Sequence[ClipRequest]) -> Sequence[torch.Tensor | None]:
     key, info = requests[0].key, requests[0].info
+    if requests[0].rgb is None:
+        return [None] * len(requests)
     wanted = {frame for request in requests for frame in request.plan.frames}
     pictures = decode_pictures(requests[0].rgb, wanted, info.fps, key, to_rgb, (info.height, info.width))
-    frames = [_clip(request, [pictures[i] for i in request.plan.frames]) for request in requests]
-    del pictures
+    return [_clip(request, [pictures[i] for i in request.plan.frames]) for request in requests]
+
+
+def _flows_of(requests: Sequence[ClipRequest]) -> Sequence[torch.Tensor | None]:
+    key, info = requests[0].key, requests[0].info
     if requests[0].flow is None:
-        return [(clip, None) for clip in frames]
+        return [None] * len(requests)
     if info.flow_height is None or info.flow_width is None:
         raise DecodeError(key, "has a flow video, but its json gives no size for it")
     wanted = {frame for request in requests for frame in request.plan.flow_frames}
     size = (2 * info.flow_height, info.flow_width)
     planes = decode_pictures(requests[0].flow, wanted, info.fps, key, to_luma, size)
-    flows = [_flow_clip(request, [planes[i] for i in request.plan.flow_frames]) for request in requests]
-    return list(zip(frames, flows, strict=True))
+    return [_flow_clip(request, [planes[i] for i in request.plan.flow_frames]) for request in requests]
 
 
 def decode_pictures(
@@ -129,11 +143,14 @@ def decode_only(request: ClipRequest) -> int:
 
     nothing = np.zeros(0, np.uint8)
     info, plan = request.info, request.plan
-    videos = [(request.rgb, plan.frames, (info.height, info.width))]
-    if request.flow is not None:
-        videos.append((request.flow, plan.flow_frames, (2 * (info.flow_height or 0), info.flow_width or 0)))
+    videos = [
+        (request.rgb, plan.frames, (info.height, info.width)),
+        (request.flow, plan.flow_frames, (2 * (info.flow_height or 0), info.flow_width or 0)),
+    ]
     return sum(
-        len(decode_pictures(data, set(frames), info.fps, request.key, drop, size)) for data, frames, size in videos
+        len(decode_pictures(data, set(frames), info.fps, request.key, drop, size))
+        for data, frames, size in videos
+        if data is not None
     )
 
 

@@ -37,7 +37,7 @@ class Samples:
         UserError: the data set has no such split, or no flow where flow is wanted.
     """
 
-    def __init__(self, dataset: DataSet, split: str, *, with_flow: bool) -> None:
+    def __init__(self, dataset: DataSet, split: str, *, with_flow: bool, with_rgb: bool = True) -> None:
         if with_flow and not dataset.has_flow:
             raise UserError(
                 f"data set {dataset.location} holds no flow, but flow is wanted; prepare it with flow or choose a "
@@ -46,7 +46,8 @@ class Samples:
         self.remote = dataset.remote
         self._shards = dataset.shards(split)
         self.shard_sizes = [shard.samples for shard in self._shards]
-        self._extensions = (RGB_EXTENSION, INFO_EXTENSION) + ((FLOW_EXTENSION,) if with_flow else ())
+        wanted = {RGB_EXTENSION: with_rgb, INFO_EXTENSION: True, FLOW_EXTENSION: with_flow}
+        self._extensions = tuple(extension for extension, want in wanted.items() if want)
 
     def read(self, lane: Lane, place: Location) -> tuple[SampleInfo, dict[str, bytes]]:
         """The sample's description and videos; DecodeError for a damaged shard or sample."""
@@ -86,7 +87,7 @@ class Samples:
         """One clip of a sample that was read."""
         return ClipRequest(
             key=info.key,
-            rgb=parts[RGB_EXTENSION],
+            rgb=parts.get(RGB_EXTENSION),
             flow=parts.get(FLOW_EXTENSION),
             info=info,
             plan=plan,

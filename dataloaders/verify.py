@@ -111,6 +111,7 @@ def _decode_windows(backend: Backend, parts: Mapping[str, bytes], info: SampleIn
         plan = ClipPlan(frames=frames, crop=(0, 0, info.height, info.width))
         rgb, flow = parts[RGB_EXTENSION], parts.get(FLOW_EXTENSION)
         raw = backend.decode([ClipRequest(key=info.key, rgb=rgb, flow=flow, info=info, plan=plan, shape=shape)])
+        assert raw.frames is not None
         if raw.frames.shape[1] != len(frames):
             yield f"DALI gives {raw.frames.shape[1]} of the frames {frames[0]} to {frames[-1]}"
 

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from dataloaders.errors import UserError
 from dataloaders.shards import file_sha256, write_atomically
 from rev2net.config import Config, config_from_tree
-from rev2net.engine import build_encoder, build_network
-from rev2net.models.i3d import I3D
-from rev2net.models.rev2net import Rev2Net
+from rev2net.models.build import build_encoder, build_network
+from rev2net.models.heads import Network
 from rev2net.snapshot import Snapshot
 
 log = logging.getLogger("rev2net")
@@ -306,7 +305,7 @@ def load_weights(network: nn.Module, checkpoint: Path) -> None:
     network.load_state_dict(weights)
 
 
-def load_encoder(checkpoint: Path) -> tuple[I3D, Config, RunState]:
+def load_encoder(checkpoint: Path) -> tuple[nn.Module, Config, RunState]:
     """The test-time network of a checkpoint: the encoder alone, in evaluation mode.
 
     Raises:
@@ -314,7 +313,7 @@ def load_encoder(checkpoint: Path) -> tuple[I3D, Config, RunState]:
     """
     state = read_state(checkpoint)
     config = config_from_tree(state.config)
-    encoder = build_encoder(config.model, len(state.classes))
+    encoder = build_encoder(config, len(state.classes))
     prefix = "encoder."
     weights = {
         k.removeprefix(prefix): v for k, v in read_tensors(checkpoint, "weights").items() if k.startswith(prefix)
@@ -323,7 +322,7 @@ def load_encoder(checkpoint: Path) -> tuple[I3D, Config, RunState]:
     return encoder.eval(), config, state
 
 
-def load_network(checkpoint: Path) -> tuple[Rev2Net, Config, RunState]:
+def load_network(checkpoint: Path) -> tuple[Network, Config, RunState]:
     """The training-time network of a checkpoint, decoders included, in evaluation mode.
 
     Raises:

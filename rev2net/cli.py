@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from dataloaders.errors import UserError, describe_failure
@@ -31,14 +29,6 @@ examples:
   rev2net train configs/demo.yaml
   rev2net train configs/demo.yaml train.seed=1 output=runs/demo-1 optim.lr=5e-4
   deepspeed --num_gpus 2 --module rev2net train configs/demo.yaml
-"""
-
-_EVAL = """Accuracy of a checkpoint's test-time network (the encoder alone). Every video counts exactly once.
-
-examples:
-  rev2net eval runs/demo data
-  rev2net eval runs/demo/checkpoints/step-00000300 data --views 10x3 --split val
-  rev2net eval runs/demo data --backwards --json scores.json
 """
 
 
@@ -70,9 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG", help="YAML file of the experiment")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the file")
     train.set_defaults(run=_train)
-    evaluate = commands.add_parser("eval", help="test a checkpoint", description=_EVAL, formatter_class=plain)
-    _add_eval_arguments(evaluate)
-    evaluate.set_defaults(run=_eval)
+    _mount(commands, "eval", "test a checkpoint", "rev2net.eval_cli", "eval")
+    _mount(commands, "splits", "test a run for each official split, and their mean", "rev2net.eval_cli", "splits")
     bench = commands.add_parser("bench", help="measure parts of the system on this machine")
     parts = bench.add_subparsers(dest="part", required=True, metavar="PART", parser_class=_Parser)
     _mount(parts, "loader", "clips/s of each decoding backend", "dataloaders.bench", "bench")
@@ -85,19 +74,6 @@ def _mount(commands: argparse._SubParsersAction[_Parser], name: str, summary: st
     loaded = importlib.import_module(module)
     getattr(loaded, f"add_{function}_arguments")(parser)
     parser.set_defaults(run=getattr(loaded, f"run_{function}"))
-
-
-def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, or one of its checkpoints")
-    parser.add_argument("data", metavar="DATA", help="folder that `rev2net prepare` made, or its URL")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--views", default="10x3", help="CLIPSxCROPS or whole (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="clips of one forward pass")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--backend", choices=("auto", "dali", "pyav"), default="auto")
-    parser.add_argument("--backwards", action="store_true", help="play every clip backwards")
-    parser.add_argument("--confusion", metavar="FILE.png", help="write the confusion matrix as a picture")
-    parser.add_argument("--json", metavar="FILE", help="write metrics and confusion matrix; - for standard output")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -119,7 +95,7 @@ def _train(args: argparse.Namespace) -> int:
 def _report(values: dict[str, float], seconds: float) -> None:
     print(f"\n{'result':<24}{'value':>10}")
     for name, value in values.items():
-        shown = f"{value:.1%}" if name in ("val/top1", "val/top5", "val/mean_class") else f"{value:.4f}"
+        shown = f"{value:.1%}" if name.endswith(("/top1", "/top5", "/mean_class")) else f"{value:.4f}"
         print(f"{name:<24}{shown:>10}")
     print(f"{'seconds':<24}{seconds:>10.1f}\n")
 
@@ -129,60 +105,6 @@ def ui_command(uri: str) -> str:
     if uri.startswith(("http://", "https://")):
         return f"open {uri} in a browser"
     return f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
-
-
-def _eval(args: argparse.Namespace) -> int:
-    import torch
-
-    from dataloaders.shards import DataSet
-    from rev2net import checkpoint, pictures
-    from rev2net.distributed import join, read_ranks
-    from rev2net.train import evaluate_split
-
-    found = checkpoint.find(args.checkpoint)
-    network, config, state = checkpoint.load_encoder(found)
-    data = DataSet.open(args.data)
-    data.shards(args.split)
-    if data.classes != state.classes:
-        raise UserError(
-            f"{found} knows {len(state.classes)} classes ({', '.join(state.classes[:3])}, ...) and {args.data} has "
-            f"{len(data.classes)} ({', '.join(data.classes[:3])}, ...): evaluate on data prepared with the same classes"
-        )
-    updates = {
-        "data": config.data.model_copy(update={"path": args.data, "val_split": args.split}),
-        "eval": config.eval.model_copy(update={"views": args.views, "batch": args.batch}),
-        "loader": config.loader.model_copy(update={"backend": args.backend}),
-        "train": config.train.model_copy(update={"precision": args.precision}),
-    }
-    config = config.model_copy(update=updates)
-    ranks = read_ranks()
-    if ranks.world_size > 1:
-        join(ranks, config.train.threads)
-    network = network.to(ranks.device).to(memory_format=torch.channels_last_3d)
-    result = evaluate_split(network, data, config, ranks, backwards=args.backwards)
-    if not ranks.first:
-        return 0
-    values = {"top1": result.top1, "top5": result.top5, "mean_class": result.mean_class}
-    where = sys.stderr if args.json == "-" else sys.stdout
-    print(f"{found} on {args.data}, split {args.split}, views {args.views}: {result.videos} videos", file=where)
-    for name, value in values.items():
-        print(f"{name:<12}{value:>8.1%}", file=where)
-    for sample, reason in result.failed.items():
-        print(f"failed, counted as wrong: video {sample}: {reason}", file=where)
-    if args.confusion:
-        title = f"top-1 {result.top1:.1%} of {result.videos} videos"
-        pictures.confusion_matrix(result.confusion, data.classes, title).savefig(args.confusion)
-    if args.json:
-        tree = {
-            **values,
-            "videos": result.videos,
-            "failed": {str(k): v for k, v in result.failed.items()},
-            "classes": data.classes,
-            "confusion": result.confusion.tolist(),
-        }
-        text = json.dumps(tree)
-        print(text) if args.json == "-" else Path(args.json).write_text(text)
-    return 0
 
 
 def _first() -> bool:

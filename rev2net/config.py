@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from dataloaders.batch import Stream
 from dataloaders.errors import UserError
 from dataloaders.plan import Views
 from dataloaders.remote import CACHE_GB
@@ -32,11 +33,20 @@ class DataConfig(Section):
     """What to train and evaluate on."""
 
     path: str = Field(description="folder made by `rev2net prepare`, or its URL (s3://, gs://, http://, ...)")
+    split: int = Field(1, gt=0, description="official split; takes the place of {split} in data.path and output")
     train_split: str = "train"
     val_split: str = "val"
     frames: int = Field(32, gt=0, description="frames of a clip (T)")
     size: int = Field(224, gt=0, description="height and width of a clip, pixels")
     stride: int = Field(1, gt=0, description="distance of the clip's frames in the stored video")
+    segments: int = Field(
+        0, ge=0, description="0 = consecutive frames; else equal runs of them from so many parts of the video (TSN)"
+    )
+
+    @property
+    def run(self) -> int:
+        """Consecutive frames that make one image of a network of images: 5 flow frames in TSN, 1 RGB frame."""
+        return self.frames // self.segments if self.segments else 1
 
 
 class AugmentConfig(Section):
@@ -66,18 +76,45 @@ class LoaderConfig(Section):
     )
 
 
+NetworkName = Literal["rev2net", "i3d", "tsn", "tsm", "stm", "actionflownet", "off"]
+
+
 class ModelConfig(Section):
     """The network."""
 
-    name: Literal["rev2net", "i3d"] = "rev2net"
-    width: float = Field(1.0, gt=0, description="factor on the encoder's channels")
+    # YAML 1.1 reads `off` as false.
+    name: Annotated[NetworkName, BeforeValidator(lambda name: "off" if name is False else name)] = "rev2net"
+    input: Stream = Field("rgb", description="what the network sees: frames, or their optical flow")
+    width: float = Field(1.0, gt=0, description="factor on the channels of an I3D or 3D ResNet")
+    backbone: Literal["resnet18", "resnet50"] = Field("resnet50", description="of tsn, tsm, stm and off")
+    partial_bn: bool = Field(
+        False, description="of tsn, tsm, stm and off: all batch normalisations but the first keep their statistics"
+    )
     dropout: float = Field(0.5, ge=0, lt=1)
     flow_decoder: bool = True
     frame_decoder: bool = True
-    imagenet: str | None = Field(None, description="torchvision's googlenet weights, to inflate")
+    imagenet: str | None = Field(
+        None, description="torchvision's ImageNet weights: a file, or auto = the one in torch.hub's cache"
+    )
     activation_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile the network")
     sync_bn: bool = Field(False, description="SyncBatchNorm over the ranks (GPU only)")
+
+
+class TargetConfig(Section):
+    """A data set of another domain with the same classes: tested on, and adapted to without its labels (DANN)."""
+
+    path: str | None = Field(None, description="folder or URL, as data.path; null = no other domain")
+    train_split: str = Field("train", description="its unlabelled clips")
+    val_split: str = "val"
+    adapt: bool = Field(True, description="domain-adversarial training; false = train on data.path alone, and test")
+    weight: float = Field(1.0, ge=0, description="of the domain loss")
+    hidden: int = Field(1024, gt=0, description="width of the domain discriminator")
+
+    @property
+    def dann(self) -> bool:
+        """Whether there is a domain discriminator."""
+        return self.path is not None and self.adapt
 
 
 class LossConfig(Section):
@@ -169,6 +206,17 @@ class TrackingConfig(Section):
     enabled: bool = True
 
 
+IMAGES = ("tsn", "tsm", "stm", "off")
+"""Networks of images, which take frames from all over the video."""
+
+_ONLY_FOR = {
+    ("width",): ("rev2net", "i3d", "actionflownet"),
+    ("activation_checkpointing",): ("rev2net", "i3d"),
+    ("flow_decoder", "frame_decoder"): ("rev2net", "i3d"),  # an i3d has none, whatever they say
+    ("backbone", "partial_bn"): IMAGES,
+}
+
+
 class Config(Section):
     """A whole experiment."""
 
@@ -178,6 +226,7 @@ class Config(Section):
     loader: LoaderConfig = LoaderConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+    target: TargetConfig = TargetConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -206,15 +255,46 @@ class Config(Section):
                 f"train.global_batch={self.train.global_batch} is not a multiple of "
                 f"train.micro_batch={self.train.micro_batch}; change one of them"
             )
-        if self.data.frames % 8:
-            raise ValueError(f"data.frames={self.data.frames} must be a multiple of 8")
         if self.data.size < 32 or self.data.size % 4:
             raise ValueError(f"data.size={self.data.size} must be a multiple of 4 and at least 32")
+        self._check_model()
         self._check_durations()
         Views.parse(self.eval.views)
         if self.profile.steps is not None:
             parse_range(self.profile.steps, "profile.steps")
         return self
+
+    def _check_model(self) -> None:
+        model, data = self.model, self.data
+        for keys, networks in _ONLY_FOR.items():
+            for key in keys:
+                given = getattr(model, key)
+                if model.name not in networks and given != ModelConfig.model_fields[key].default:
+                    raise ValueError(
+                        f"model.{key}={given} is for {', '.join(networks)}, but the network is {model.name}: remove it"
+                    )
+        if model.input == "flow" and model.name in ("rev2net", "actionflownet"):
+            raise ValueError(
+                f"model.input=flow does not go with model.name={model.name}, which learns to predict the flow: "
+                "use model.input=rgb, or model.name=i3d for a flow stream"
+            )
+        if data.segments and data.frames % data.segments:
+            raise ValueError(
+                f"data.frames={data.frames} cannot be shared out to data.segments={data.segments}: "
+                "give a multiple of the segments"
+            )
+        if data.segments and self.eval.views == "whole":
+            raise ValueError("eval.views=whole takes every frame, but data.segments samples some: use 1x1 or 10x3")
+        if model.name in IMAGES:
+            if model.name == "off" and data.frames // data.run < 2:
+                raise ValueError(f"model.name=off compares neighbouring images, but data.frames={data.frames} is one")
+        elif data.segments:
+            raise ValueError(
+                f"data.segments={data.segments} is for {', '.join(IMAGES)}, but model.name={model.name} sees motion "
+                "in consecutive frames: set data.segments=0"
+            )
+        elif data.frames % 8:
+            raise ValueError(f"data.frames={data.frames} must be a multiple of 8 for model.name={model.name}")
 
     def _check_durations(self) -> None:
         for field in ("duration", "checkpoint_every", "eval_every"):
@@ -228,7 +308,9 @@ class Config(Section):
     @property
     def decoders(self) -> tuple[str, ...]:
         """The decoders that the network has: some of ("flow", "frame")."""
-        if self.model.name == "i3d":
+        if self.model.name == "actionflownet":
+            return ("flow",)
+        if self.model.name != "rev2net":
             return ()
         return tuple(n for n, on in (("flow", self.model.flow_decoder), ("frame", self.model.frame_decoder)) if on)
 
@@ -280,23 +362,44 @@ def parse_range(text: str, name: str) -> tuple[int, int]:
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file and apply `key=value` overrides (`train.seed=1`, values in YAML).
 
+    A file may start from others: `base: ../bases/ucf101.yaml`, or a list of such.
+
     Raises:
         UserError: no such file, not YAML, an unknown key (with the nearest valid one), a value of another type.
     """
-    path = Path(path)
+    tree = _read(Path(path))
+    for override in overrides:
+        _apply(tree, override)
+    return config_from_tree(tree)
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's tree, laid over those of its `base` (a path beside it, or a list of them, later ones over earlier)."""
     if not path.is_file():
-        raise UserError(
-            f"there is no configuration file {path}: give the path of a YAML file, such as configs/demo.yaml"
-        )
+        wanted = f"file {path}, the base of {above[-1]}" if above else f"configuration file {path}"
+        raise UserError(f"there is no {wanted}: give the path of a YAML file, such as configs/demo.yaml")
+    if path.resolve() in above:
+        raise UserError(f"{path} is its own base, through {above[-1]}: remove one `base`")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds {type(tree).__name__}, but a configuration is a mapping of sections")
-    for override in overrides:
-        _apply(tree, override)
-    return config_from_tree(tree)
+    bases = tree.pop("base", [])
+    whole: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        whole = _over(whole, _read(path.parent / str(base), (*above, path.resolve())))
+    return _over(whole, tree)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two trees as one; where both have a value, that of `above`."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def config_from_tree(tree: Mapping[str, Any]) -> Config:
@@ -306,7 +409,10 @@ def config_from_tree(tree: Mapping[str, Any]) -> Config:
         UserError: the first thing that is wrong, in one sentence.
     """
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
+        split = str(config.data.split)
+        path, output = (text.replace("{split}", split) for text in (config.data.path, config.output))
+        return config.model_copy(update={"output": output, "data": config.data.model_copy(update={"path": path})})
     except ValidationError as error:
         raise UserError(_sentence(error)) from None
 

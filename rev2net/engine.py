@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from torch import Tensor, nn
 from dataloaders.batch import ClipBatch
 from dataloaders.errors import UserError
 from dataloaders.keyed import hash64
-from rev2net.config import Config, ModelConfig
+from rev2net.config import Config
 from rev2net.distributed import Ranks
 from rev2net.losses import Objective
-from rev2net.models.i3d import I3D
-from rev2net.models.inflate import load_googlenet
-from rev2net.models.rev2net import Rev2Net
+from rev2net.models.dann import domain_loss
+from rev2net.models.heads import Network
 from rev2net.optim import build_optimizer
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,39 +24,38 @@ AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 
 class TrainingStep(nn.Module):
-    """Network and objective as the one module that DeepSpeed drives. Returns the named scalars of the objective."""
+    """Network and objective as the one module that DeepSpeed drives. Returns the named scalars of the objective.
 
-    def __init__(self, network: Rev2Net, objective: Objective) -> None:
+    Attributes:
+        objective: replaced where a weight changes during the run.
+        domain_weight: of the domain loss in the total.
+        reversal: factor of the reversed gradient (DANN); replaced before each step.
+    """
+
+    def __init__(self, network: Network, objective: Objective, domain_weight: float = 1.0) -> None:
         super().__init__()
         self.network = network
         self.objective = objective
+        self.domain_weight = domain_weight
+        self.reversal = 0.0
 
     def forward(
-        self, video: Tensor, flow: Tensor | None, label: Tensor, generator: torch.Generator
+        self, clip: Tensor, flow: Tensor | None, label: Tensor, generator: torch.Generator, target: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """One micro-batch (shapes as in `ClipBatch`); dropout and latent noise come from `generator`."""
-        output = self.network.heads(video, generator)
-        return self.objective(output, label, video, flow)
+        """One micro-batch: the stream that the network sees, N C T H W, the flow to predict, N labels.
 
-
-def build_encoder(config: ModelConfig, num_classes: int) -> I3D:
-    """The network that is left at test time."""
-    return I3D(
-        num_classes,
-        width=config.width,
-        dropout=config.dropout,
-        activation_checkpointing=config.activation_checkpointing,
-    )
-
-
-def build_network(config: Config, num_classes: int) -> Rev2Net:
-    """The network with the configured decoders (none for `model.name: i3d`), ImageNet start included."""
-    encoder = build_encoder(config.model, num_classes)
-    if config.model.imagenet is not None:
-        load_googlenet(encoder, Path(config.model.imagenet))
-    clip = (config.data.frames, config.data.size, config.data.size)
-    decoders = config.decoders
-    return Rev2Net(encoder, clip, flow_decoder="flow" in decoders, frame_decoder="frame" in decoders)
+        Dropout and latent noise come from `generator`. `target` are as many clips of the target domain as there are
+        labelled ones: they share the forward pass, hence the batch statistics, and the domain loss alone sees them.
+        """
+        if target is None:
+            return self.objective(self.network.heads(clip, generator), label, clip, flow)
+        output = self.network.heads(torch.cat([clip, target]), generator, labelled=len(label))
+        scalars = self.objective(output, label, clip, flow)
+        assert self.network.discriminator is not None
+        domains = self.network.discriminator(output.pooled, self.reversal)
+        scalars["loss/domain"], scalars["domain/accuracy"] = domain_loss(domains, len(label))
+        scalars["loss/total"] = scalars["loss/total"] + self.domain_weight * scalars["loss/domain"]
+        return scalars
 
 
 def micro_batches(config: Config, ranks: Ranks) -> int:
@@ -163,8 +160,12 @@ class Engine:
         if self.config.train.zero_stage in (1, 2):
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def forward_backward(self, batch: ClipBatch, step: int, index: int) -> dict[str, Tensor]:
+    def forward_backward(
+        self, step: int, index: int, batch: ClipBatch, target: ClipBatch | None = None
+    ) -> dict[str, Tensor]:
         """Forward and backward pass of this rank's micro-batch number `index` of `step`; detached scalars.
+
+        `target` is the micro-batch of the target domain that is paired with it.
 
         Whatever is random on the device is drawn from (seed, step, number of the micro-batch in the global
         batch): the same on every number of ranks, and nothing to save.
@@ -174,7 +175,10 @@ class Engine:
         number = self.ranks.rank * self.accumulation + index
         seed = hash64(self.config.train.seed, step, number) % 2**63
         generator = torch.Generator(self.ranks.device).manual_seed(seed)
-        scalars = self.deepspeed(batch.video, batch.flow, batch.label, generator)
+        stream = self.config.model.input
+        flow = batch.flow if "flow" in self.config.decoders else None
+        unlabelled = () if target is None else (target.stream(stream),)
+        scalars = self.deepspeed(batch.stream(stream), flow, batch.label, generator, *unlabelled)
         self.deepspeed.backward(scalars["loss/total"])
         return {name: value.detach() for name, value in scalars.items()}
 
@@ -237,12 +241,16 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
 
+    def set_reversal(self, factor: float) -> None:
+        """Factor of the domain discriminator's reversed gradient in the coming step."""
+        self.step_module.reversal = factor
+
     def set_ddp_low(self, share: float) -> None:
         """Share of `loss.beta`, the weight of the low-level penalty, in the coming step's loss."""
         self.step_module.objective = self.config.loss.objective(share)
 
 
-def build_engine(config: Config, ranks: Ranks, network: Rev2Net) -> Engine:
+def build_engine(config: Config, ranks: Ranks, network: Network) -> Engine:
     """Hand a network (with its starting weights in place) to DeepSpeed.
 
     Raises:
@@ -255,7 +263,7 @@ def build_engine(config: Config, ranks: Ranks, network: Rev2Net) -> Engine:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     # The parameters stay contiguous (DeepSpeed views them as flat bytes): channels_last comes in with the clips.
     network.to(ranks.device)
-    step_module = TrainingStep(network.train(), config.loss.objective())
+    step_module = TrainingStep(network.train(), config.loss.objective(), config.target.weight)
     if config.model.compile:
         network.compile()
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)

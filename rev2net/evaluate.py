@@ -5,7 +5,8 @@ A video that cannot be decoded is not left out: it counts as wrong, and is liste
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,10 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dataloaders.batch import ClipBatch
+from dataloaders.batch import ClipBatch, Stream
+from dataloaders.shards import DataSet
+from rev2net.config import Config
+from rev2net.data import eval_loader
 from rev2net.distributed import Ranks
 from rev2net.engine import AUTOCAST
-from rev2net.models.rev2net import Rev2Net
+from rev2net.models.heads import Network
+
+log = logging.getLogger("rev2net")
 
 PIXELS = 20.0
 """Unit of the flow targets."""
@@ -77,6 +83,19 @@ class Metrics:
     failed: Mapping[int, str]
     confusion: npt.NDArray[np.int64]
 
+    def named(self, prefix: str) -> dict[str, float]:
+        """`PREFIX/top1`, `PREFIX/top5`, `PREFIX/mean_class`."""
+        return {f"{prefix}/{name}": getattr(self, name) for name in ("top1", "top5", "mean_class")}
+
+
+def for_testing(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network on the device, in evaluation mode, its kernels laid out with their channels last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in network.to(device).parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+    return network.eval()
+
 
 def metrics(scores: Scores, num_classes: int) -> Metrics:
     """Accuracy from the scores of all ranks together."""
@@ -116,15 +135,22 @@ def merge(parts: Iterable[Scores]) -> Scores:
 
 
 @torch.no_grad()
-def score(network: nn.Module, batches: Iterable[ClipBatch], *, device: torch.device, precision: str) -> Scores:
-    """Scores of this rank's videos under a network in evaluation mode."""
+def score(
+    network: nn.Module,
+    batches: Iterable[ClipBatch],
+    *,
+    device: torch.device,
+    precision: str,
+    stream: Stream = "rgb",
+) -> Scores:
+    """Scores of this rank's videos under a network in evaluation mode, which sees one stream of them."""
     network.eval()
     scores = Scores()
     dtype = AUTOCAST[precision]
     for batch in batches:
         batch = batch.to(device, channels_last=True)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            logits = network(batch.video)
+            logits = network(batch.stream(stream))
         scores.add(batch, logits.float().softmax(1))
     for sample in [s for s, row in scores.sums.items() if not np.isfinite(row).all()]:
         # Sorting would make class 0 of it.
@@ -132,8 +158,67 @@ def score(network: nn.Module, batches: Iterable[ClipBatch], *, device: torch.dev
     return scores
 
 
+def split_scores(
+    network: nn.Module,
+    data: DataSet,
+    split: str,
+    config: Config,
+    ranks: Ranks,
+    *,
+    backwards: bool = False,
+    watched: Callable[[Iterable[ClipBatch]], Iterable[ClipBatch]] = iter,
+) -> Scores:
+    """Scores of a split under `eval.views`; every rank gets those of all. A collective.
+
+    Args:
+        backwards: play every clip in reverse.
+        watched: put around this rank's batches, by a caller that wants to see the progress.
+    """
+    loader = eval_loader(data, split, config, ranks, config.eval.views, backwards=backwards)
+    scores = score(
+        network,
+        watched(loader),
+        device=ranks.device,
+        precision=config.train.precision,
+        stream=config.model.input,
+    )
+    loader.close()
+    for failure in loader.failed:
+        scores.fail(failure.sample, failure.label, failure.reason)
+    whole = merge(ranks.gather(scores))
+    for sample, (_, reason) in sorted(whole.failed.items()):
+        log.warning("video %d of %s counts as wrong: %s", sample, data.location, reason)
+    return whole
+
+
+def evaluate_split(
+    network: nn.Module,
+    data: DataSet,
+    split: str,
+    config: Config,
+    ranks: Ranks,
+    *,
+    watched: Callable[[Iterable[ClipBatch]], Iterable[ClipBatch]] = iter,
+) -> Metrics:
+    """Accuracy on a split; as `split_scores`."""
+    return metrics(split_scores(network, data, split, config, ranks, watched=watched), len(data.classes))
+
+
+def fuse(first: Scores, second: Scores) -> Scores:
+    """Two streams: each video's score is the mean of the two streams' (paper, section 1; Simonyan et al. 2014).
+
+    A video that failed in either counts as wrong.
+    """
+    fused = Scores(failed=first.failed | second.failed)
+    for sample in first.sums.keys() & second.sums.keys():
+        fused.sums[sample] = first.sums[sample] / first.views[sample] + second.sums[sample] / second.views[sample]
+        fused.views[sample] = 2
+        fused.labels[sample] = first.labels[sample]
+    return fused
+
+
 @torch.no_grad()
-def decoder_errors(network: Rev2Net, batches: Iterable[ClipBatch], *, ranks: Ranks, precision: str) -> dict[str, float]:
+def decoder_errors(network: Network, batches: Iterable[ClipBatch], *, ranks: Ranks, precision: str) -> dict[str, float]:
     """How well the decoders do on unseen clips, each beside what knowing nothing would give.
 
     Returns:
@@ -149,7 +234,7 @@ def decoder_errors(network: Rev2Net, batches: Iterable[ClipBatch], *, ranks: Ran
     for batch in batches:
         batch = batch.to(ranks.device, channels_last=True)
         with torch.autocast(ranks.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            output = network.heads(batch.video)
+            output = network.heads(batch.stream("rgb"))
         errors: dict[str, Tensor] = {}
         if output.flow is not None and batch.flow is not None:
             for suffix, difference in (("", output.flow - batch.flow), ("_zero", batch.flow)):
@@ -157,7 +242,7 @@ def decoder_errors(network: Rev2Net, batches: Iterable[ClipBatch], *, ranks: Ran
                 errors[f"flow_epe{suffix}"] = distance.mean(1)
                 errors[f"flow_rmse{suffix}"] = distance.square().mean(1).sqrt()
         if output.frames is not None:
-            target = batch.video.flip(2)
+            target = batch.stream("rgb").flip(2)
             mean_frame = target.mean(2, keepdim=True)
             errors["frame_rmse"] = (output.frames - target).flatten(1).square().mean(1).sqrt()
             errors["frame_rmse_mean"] = (mean_frame - target).flatten(1).square().mean(1).sqrt()

@@ -1,4 +1,4 @@
-"""The objective of Rev2Net (paper, equations 1 to 3). Every term is computed in float32.
+"""The objective: of Rev2Net (paper, equations 1 to 3) and of the networks it is compared with. All in float32.
 
 The paper does not say how the Frobenius norms are reduced. `frobenius` is the literal reading, one sample's
 norm averaged over the batch; `rms` divides it by the square root of the number of elements. The weights mean
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rev2net.models.rev2net import Latent, Rev2NetOutput
+from rev2net.models.actionflownet import multiscale_epe
+from rev2net.models.heads import Heads, Latent
 
 Reduction = Literal["frobenius", "rms"]
 KLReduction = Literal["sum", "mean"]
 DDP = Literal["none", "low", "high", "both"]
 
 TERMS = ("loss/ce", "loss/ddp_high", "loss/ddp_low", "loss/flow", "loss/frame", "loss/total")
-"""Names of the logged scalars. All but the total are unweighted, and logged also where their weight is 0."""
+"""Names of Rev2Net's scalars. All but the total are unweighted, and logged also where their weight is 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +49,8 @@ class Objective:
     ddp_low_reduction: Reduction = "rms"
     ddp_high_reduction: KLReduction = "sum"
 
-    def __call__(self, output: Rev2NetOutput, label: Tensor, clip: Tensor, flow: Tensor | None) -> dict[str, Tensor]:
-        """The scalars named in `TERMS`, as far as the network has the heads for them.
+    def __call__(self, output: Heads, label: Tensor, clip: Tensor, flow: Tensor | None) -> dict[str, Tensor]:
+        """The scalars named in `TERMS`, as far as the network has the heads for them, and `loss/scales` of OFF.
 
         Args:
             output: what the network gave for `clip`.
@@ -62,6 +63,10 @@ class Objective:
         """
         total = F.cross_entropy(output.logits.float(), label)
         scalars = {"loss/ce": total}
+        if output.scale_logits:  # each scale learns by itself; the mean of two is what is tested
+            scalars["loss/ce"] = total.detach()
+            total = torch.stack([F.cross_entropy(logits.float(), label) for logits in output.scale_logits]).sum()
+            scalars["loss/scales"] = total
         for name, weight in self.weights().items():
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0.0):
                 value = self._measure(name, output, clip, flow)
@@ -80,9 +85,14 @@ class Objective:
             "loss/frame": self.lambda_im,
         }
 
-    def _measure(self, name: str, output: Rev2NetOutput, clip: Tensor, flow: Tensor | None) -> Tensor | None:
-        """One unweighted term, or None where the network lacks its head."""
+    def _measure(self, name: str, output: Heads, clip: Tensor, flow: Tensor | None) -> Tensor | None:
+        """One unweighted term, or None where the network lacks its head.
+
+        The flow term is equation 3's norm for Rev2Net, the end-point error for a network with `flows`.
+        """
         if name == "loss/flow":
+            if flow is not None and output.flows:
+                return multiscale_epe(output.flows, flow)
             return None if output.flow is None or flow is None else norm(output.flow - flow, self.reduction)
         if name == "loss/frame":
             return None if output.frames is None else norm(output.frames - clip.flip(2), self.reduction)
@@ -113,7 +123,7 @@ def norm(difference: Tensor, reduction: Reduction) -> Tensor:
     return norms.mean()
 
 
-def ddp_low(output: Rev2NetOutput, reduction: Reduction) -> Tensor:
+def ddp_low(output: Heads, reduction: Reduction) -> Tensor:
     """Equation 1: the norms of f_D1 - f_D2, summed over the layers that have the same shape in both decoders.
 
     These are the three stages of the high-level parts and the first layer of the low-level parts.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from rev2net.config import Config, OptimConfig, to_steps
-from rev2net.models.rev2net import Rev2Net
+from rev2net.models.heads import Network
 
 
-def build_optimizer(network: Rev2Net, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
     """SGD with momentum or AdamW; no weight decay on biases and normalisations (tensors of one dimension).
 
     A group's `lr_factor` is what its rate is to be multiplied with: `optim.decoder_lr` for all but the encoder.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dataloaders.batch import ClipBatch
 from dataloaders.flow.colours import flow_colours
-from rev2net.models.rev2net import Rev2Net
+from rev2net.models.heads import Network
 
 
 def confusion_matrix(counts: npt.NDArray[np.int64], classes: tuple[str, ...], title: str) -> Figure:
@@ -35,15 +35,16 @@ def confusion_matrix(counts: npt.NDArray[np.int64], classes: tuple[str, ...], ti
 
 
 @torch.no_grad()
-def decoders(network: Rev2Net, batch: ClipBatch, title: str, columns: int = 8) -> Figure:
+def decoders(network: Network, batch: ClipBatch, title: str, columns: int = 8) -> Figure:
     """The first clip of a batch: input frames, reversed-frame reconstruction, target and predicted flow.
 
     Flow in the usual colour wheel (hue = direction, saturation = speed), both rows on one scale.
     """
     network.eval()
-    output = network.heads(batch.video[:1])
-    picked = np.linspace(0, batch.video.shape[2] - 1, columns).round().astype(int).tolist()
-    rows: list[tuple[str, list[Tensor]]] = [("input", [_picture(batch.video[0, :, t]) for t in picked])]
+    video = batch.stream("rgb")
+    output = network.heads(video[:1])
+    picked = np.linspace(0, video.shape[2] - 1, columns).round().astype(int).tolist()
+    rows: list[tuple[str, list[Tensor]]] = [("input", [_picture(video[0, :, t]) for t in picked])]
     if output.frames is not None:
         # Turned round again, so that each reconstruction stands under the frame that it should be.
         frames = output.frames[0].flip(1)

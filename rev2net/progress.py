@@ -80,7 +80,8 @@ class StepLog:
         return values
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
-        losses = " ".join(f"{n.removeprefix('loss/')} {v:.4f}" for n, v in values.items() if n.startswith("loss/"))
+        shown = {n: v for n, v in values.items() if n.startswith(("loss/", "domain/"))}
+        losses = " ".join(f"{name.removeprefix('loss/')} {value:.4f}" for name, value in shown.items())
         assert self._pace is not None
         line = (
             f"step {step}/{self._total} ({step / self._total:.0%})  {losses}  lr {values['lr']:.2e}  "

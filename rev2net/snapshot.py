@@ -62,7 +62,7 @@ def _whole_weights(engine: Engine, buffers: Sequence[Mapping[str, Tensor]]) -> I
         whole = parameter if engine.config.train.zero_stage < 3 else safe_get_full_fp32_param(parameter)
         assert whole is not None
         yield name, whole
-    for name, buffer in network.named_buffers():
+    for name, buffer in _buffers(network).items():
         yield name, torch.stack([own[name] for own in buffers]).mean(0) if name in buffers[0] else buffer
 
 
@@ -96,8 +96,14 @@ def _all_buffers(engine: Engine) -> list[dict[str, Tensor]]:
     ]
 
 
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Those that a checkpoint holds; constants are made anew with the network."""
+    kept = module.state_dict().keys()
+    return {name: b for name, b in module.named_buffers() if name in kept}
+
+
 def _float_buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+    return {name: b for name, b in _buffers(module).items() if b.is_floating_point()}
 
 
 def restore_optimizer(engine: Engine, states: Mapping[str, Tensor], updates: int) -> None:

@@ -19,17 +19,18 @@ from dataloaders.bad_clips import BadClips
 from dataloaders.batch import ClipBatch
 from dataloaders.errors import UserError
 from dataloaders.keyed import hash64
-from dataloaders.loader import EvalLoader, TrainLoader
-from dataloaders.plan import Augment, ClipShape, Views
 from dataloaders.shards import DataSet
 from rev2net import checkpoint, pictures, snapshot
 from rev2net.config import Config, to_steps
+from rev2net.data import eval_loader, open_data, open_target, train_loader
 from rev2net.distributed import Ranks, join, limit_collectives, read_ranks
-from rev2net.engine import Engine, build_engine, build_network, conv3d_warning, micro_batches
-from rev2net.evaluate import Metrics, decoder_errors, merge, metrics, score
+from rev2net.engine import Engine, build_engine, conv3d_warning, micro_batches
+from rev2net.evaluate import Metrics, decoder_errors, evaluate_split, for_testing
 from rev2net.heartbeat import Heartbeat
-from rev2net.models.rev2net import Rev2Net
-from rev2net.models.weights import load_i3d
+from rev2net.models.build import build_network
+from rev2net.models.dann import reversal_factor
+from rev2net.models.heads import Network
+from rev2net.models.imagenet import load_weights
 from rev2net.optim import Schedule, build_schedule, growing
 from rev2net.progress import Profile, StepLog
 from rev2net.tracking import Tracker
@@ -81,7 +82,8 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
     run = TrainingRun(config)
     with ExitStack() as stack:
         stack.enter_context(run.tracker)
-        stack.callback(run.loader.close)
+        for loader in run.loaders:
+            stack.callback(loader.close)
         stack.enter_context(run.heart)
         stopped = False
         run.evaluate_if_due()  # it may have been killed between saving and evaluating
@@ -111,6 +113,7 @@ class TrainingRun:
         self.ranks: Ranks = read_ranks()
         self.accumulation = micro_batches(config, self.ranks)
         self.data = open_data(config)
+        self.target = open_target(config, self.data.classes)
         samples = self.data.num_samples(config.data.train_split)
         batch = config.train.global_batch
         self._in_steps = partial(to_steps, global_batch=batch, epoch_samples=samples)
@@ -136,8 +139,10 @@ class TrainingRun:
             resumed=state is not None,
             run_id=state.run_id if state else None,
         )
-        self.loader = self._train_loader()
-        self._batches: Iterator[ClipBatch] = iter(self.loader)
+        self.loaders = [train_loader(self.data, config, self.ranks, self.step)]
+        if self.target is not None and config.target.dann:
+            # Both start at the same step, so that every rank's batches are paired whenever it starts.
+            self.loaders.append(train_loader(self.target, config, self.ranks, self.step, of_target=True))
         self.log = StepLog(
             total=self.total, first=self.step, batch=batch, every=config.train.log_every, ranks=self.ranks
         )
@@ -174,27 +179,6 @@ class TrainingRun:
         engine.restore_loss_scale(state.loss_scale)
         return engine, state
 
-    def _train_loader(self) -> TrainLoader:
-        config = self.config
-        return TrainLoader(
-            self.data,
-            config.data.train_split,
-            shape=clip_shape(config),
-            augment=Augment(**config.augment.model_dump()),
-            seed=config.train.seed,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            backend=config.loader.backend,
-            workers=config.loader.workers,
-            prefetch=config.loader.prefetch,
-            pipelines_per_gpu=config.loader.pipelines_per_gpu,
-            device=self.ranks.device,
-            with_flow="flow" in config.decoders,
-            start_step=self.step,
-        )
-
     def _announce(self, resumed: Path | None) -> None:
         log.info(
             "%s with %s on %s: %d clips, %d classes, %d steps of %d clips on %d %s rank(s), "
@@ -224,21 +208,22 @@ class TrainingRun:
         """
         self.engine.set_rate(self.schedule.rate(self.step))
         self.engine.set_ddp_low(growing(self.step, self.ddp_low_from))
+        self.engine.set_reversal(reversal_factor(self.step, self.total))
         sums: dict[str, Tensor] = {}
         keys: list[str] = []
         number = self.step + 1
         for index in range(self.accumulation):
             self.heart.beat(f"waits for clips of step {number}")
-            batch = next(self._batches).to(self.ranks.device, channels_last=self.config.train.channels_last)
+            batches = [self._placed(next(loader)) for loader in self.loaders]
             self.heart.beat(f"computes step {number}")
-            keys += batch.keys
-            for name, value in self.engine.forward_backward(batch, self.step, index).items():
+            keys += [key for batch in batches for key in batch.keys]
+            for name, value in self.engine.forward_backward(self.step, index, *batches).items():
                 sums[name] = sums.get(name, 0.0) + value / self.accumulation
             if index < self.accumulation - 1:
                 self.engine.micro_step()
         # Averaged scalars, the wish to stop and what went wrong, in one collective, before the optimizer steps.
         self.heart.beat(f"averages the losses of step {number} over the ranks")
-        failures = len(self.loader.failures) - self._own_failures
+        failures = sum(len(loader.failures) for loader in self.loaders) - self._own_failures
         self._own_failures += failures
         counts = torch.tensor([float(stop), failures, float(self._writer.failed)], device=self.ranks.device)
         own = torch.stack([*sums.values(), *counts])
@@ -261,6 +246,9 @@ class TrainingRun:
         self.profile.step(self.step)
         return dict(zip(sums, values, strict=True)) if finite else {}, stops > 0
 
+    def _placed(self, batch: ClipBatch) -> ClipBatch:
+        return batch.to(self.ranks.device, channels_last=self.config.train.channels_last)
+
     def _limit_waiting(self) -> None:
         """After the first step of this start: what takes long now hangs."""
         self._limited = True
@@ -274,7 +262,7 @@ class TrainingRun:
         if self._skipped_in_a_row == 0:
             self._replaced_before = self.replaced
         self.replaced += clips
-        self._bad_clips.add(clips, self.config.train.global_batch)
+        self._bad_clips.add(clips, self.config.train.global_batch * len(self.loaders))
 
     def _whose(self, fine: bool, keys: list[str]) -> str:
         """The ranks that are not `fine`, and their clips. A collective."""
@@ -304,7 +292,8 @@ class TrainingRun:
 
     def report(self, scalars: dict[str, float]) -> None:
         """Log line and MLflow metrics, every `train.log_every` steps, averaged over them."""
-        line = self.log.add(self.step, scalars, self.schedule.rate(self.step - 1), self.loader.wait_seconds)
+        waited = sum(loader.wait_seconds for loader in self.loaders)
+        line = self.log.add(self.step, scalars, self.schedule.rate(self.step - 1), waited)
         if line is not None:
             counts = {"skipped_steps": self.skipped, "replaced_clips": self.replaced}
             self.tracker.metrics({**line, **counts}, self.step)
@@ -366,11 +355,14 @@ class TrainingRun:
         weights = snapshot.gather_weights(self.engine)
         network = build_network(without_imagenet(self.config), len(self.data.classes))
         network.load_state_dict(weights)
-        network = network.to(self.ranks.device).to(memory_format=torch.channels_last_3d).eval()
-        accuracy = evaluate_split(network, self.data, self.config, self.ranks, watched=self._watched)
-        values = {"val/top1": accuracy.top1, "val/top5": accuracy.top5, "val/mean_class": accuracy.mean_class}
+        for_testing(network, self.ranks.device)
+        accuracy = self._accuracy(network, self.data, self.config.data.val_split)
+        values = accuracy.named("val")
+        if self.target is not None:
+            values |= self._accuracy(network, self.target, self.config.target.val_split).named("target")
         if self.config.decoders:
-            loader = eval_loader(self.data, self.config, self.ranks, "1x1", with_flow="flow" in self.config.decoders)
+            split = self.config.data.val_split
+            loader = eval_loader(self.data, split, self.config, self.ranks, "1x1", for_decoders=True)
             batches = self._watched(loader)
             errors = decoder_errors(network, batches, ranks=self.ranks, precision=self.config.train.precision)
             loader.close()
@@ -383,6 +375,9 @@ class TrainingRun:
             checkpoint.write_evaluation(checkpoint.folder_of(self.folder, self.step), values)
         return values
 
+    def _accuracy(self, network: Network, data: DataSet, split: str) -> Metrics:
+        return evaluate_split(network, data, split, self.config, self.ranks, watched=self._watched)
+
     def _watched(self, batches: Iterable[ClipBatch]) -> Iterator[ClipBatch]:
         """The same batches, each of which counts as progress."""
         for batch in batches:
@@ -390,7 +385,7 @@ class TrainingRun:
             yield batch
         self.heart.beat("waits for the other ranks' part of the evaluation")
 
-    def _draw(self, network: Rev2Net, accuracy: Metrics) -> None:
+    def _draw(self, network: Network, accuracy: Metrics) -> None:
         if not self.ranks.first:
             return
         title = f"step {self.step}: top-1 {accuracy.top1:.1%} of {accuracy.videos} videos"
@@ -398,7 +393,7 @@ class TrainingRun:
         self.tracker.figure(figure, "confusion_matrix.png")
         if self.config.decoders:
             alone = Ranks(rank=0, world_size=1, local_rank=0, device=self.ranks.device)
-            loader = eval_loader(self.data, self.config, alone, "1x1", with_flow="flow" in self.config.decoders)
+            loader = eval_loader(self.data, self.config.data.val_split, self.config, alone, "1x1", for_decoders=True)
             batch = next(iter(loader)).to(self.ranks.device, channels_last=True)
             loader.close()
             figure = pictures.decoders(network, batch, f"step {self.step}: {batch.keys[0]}")
@@ -431,83 +426,13 @@ class TrainingRun:
         return result
 
 
-def open_data(config: Config) -> DataSet:
-    """The data set, checked against what the configuration wants of it.
-
-    Raises:
-        UserError: no such folder or URL, no such split, no flow where the flow decoder needs it, too few samples.
-    """
-    data = DataSet.open(config.data.path, cache=config.loader.cache, cache_gb=config.loader.cache_gb)
-    for split in (config.data.train_split, config.data.val_split):
-        data.shards(split)
-    if "flow" in config.decoders and not data.has_flow:
-        raise UserError(
-            f"{config.data.path} was prepared without flow, which model.flow_decoder=true needs: "
-            "prepare it again without --no-flow, or set model.flow_decoder=false loss.ddp=none"
-        )
-    return data
-
-
-def clip_shape(config: Config) -> ClipShape:
-    """The configured clip."""
-    return ClipShape(
-        frames=config.data.frames, height=config.data.size, width=config.data.size, stride=config.data.stride
-    )
-
-
-def eval_loader(
-    data: DataSet, config: Config, ranks: Ranks, views: str, *, with_flow: bool = False, backwards: bool = False
-) -> EvalLoader:
-    """This rank's part of the validation split in the given views."""
-    return EvalLoader(
-        data,
-        config.data.val_split,
-        shape=clip_shape(config),
-        views=Views.parse(views),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        batch_size=config.eval.batch,
-        backend=config.loader.backend,
-        workers=config.loader.workers,
-        device=ranks.device,
-        with_flow=with_flow,
-        backwards=backwards,
-    )
-
-
-def evaluate_split(
-    network: torch.nn.Module,
-    data: DataSet,
-    config: Config,
-    ranks: Ranks,
-    *,
-    backwards: bool = False,
-    watched: Callable[[Iterable[ClipBatch]], Iterable[ClipBatch]] = iter,
-) -> Metrics:
-    """Accuracy on the validation split under `eval.views`; every rank gets the result. A collective.
-
-    Args:
-        backwards: play every clip in reverse.
-        watched: put around this rank's batches, by a caller that wants to see the progress.
-    """
-    loader = eval_loader(data, config, ranks, config.eval.views, backwards=backwards)
-    scores = score(network, watched(loader), device=ranks.device, precision=config.train.precision)
-    loader.close()
-    for failure in loader.failed:
-        scores.fail(failure.sample, failure.label, failure.reason)
-    whole = merge(ranks.gather(scores))
-    for sample, (_, reason) in sorted(whole.failed.items()):
-        log.warning("video %d of %s counts as wrong: %s", sample, config.data.path, reason)
-    return metrics(whole, len(data.classes))
-
-
 def without_imagenet(config: Config) -> Config:
     """The same configuration for a network whose weights come from elsewhere."""
     return config.model_copy(update={"model": config.model.model_copy(update={"imagenet": None})})
 
 
-def start_from(network: Rev2Net, path: str) -> None:
-    """`init_from`: a checkpoint of ours or a published I3D file; a head for other classes is replaced.
+def start_from(network: Network, path: str) -> None:
+    """`init_from`: a checkpoint of ours or a published file; a head for other classes is replaced.
 
     Raises:
         UserError: neither of the two, or another architecture.
@@ -515,7 +440,7 @@ def start_from(network: Rev2Net, path: str) -> None:
     file = Path(path)
     if file.is_dir() or not file.exists():
         file = checkpoint.find(path) / "weights.safetensors"
-    report = load_i3d(network.encoder, file)
+    report = load_weights(network.encoder, file)
     log.info("starting from %s: %s", path, report)
 
 

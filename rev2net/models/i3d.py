@@ -131,11 +131,13 @@ class Features(NamedTuple):
 
     Attributes:
         logits: N x num_classes.
+        pooled: N x channels of `high`, averaged over the volume.
         low: the volume that the decoders' low-level parts stand on (`Conv3d_2c_3x3`, strides 2, 4, 4).
         high: the volume that the latents are taken from (`Mixed_5c`, strides 8, 32, 32).
     """
 
     logits: Tensor
+    pooled: Tensor
     low: Tensor
     high: Tensor
 
@@ -251,7 +253,7 @@ class I3D(nn.Module):
             self.add_module(name, block)
         self.logits = Head3D(channels, num_classes)
         self.low_channels = c192
-        self.high_channels = channels
+        self.high_channels = self.feature_channels = channels
         self._initialise()
 
     def _initialise(self) -> None:
@@ -267,7 +269,7 @@ class I3D(nn.Module):
         return self.features(clip).logits
 
     def features(self, clip: Tensor, generator: torch.Generator | None = None) -> Features:
-        """Logits and the two volumes that the heads of Rev2Net stand on.
+        """Logits, pooled features, and the two volumes that the heads of Rev2Net stand on.
 
         Args:
             clip: N C T H W in [-1, 1].
@@ -280,7 +282,7 @@ class I3D(nn.Module):
             if name == LOW:
                 low = x
         high = x
-        return Features(self.classify(high, generator), low, high)
+        return Features(self.classify(high, generator), high.mean((2, 3, 4), dtype=torch.float32), low, high)
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.activation_checkpointing and self.training and isinstance(block, Mixed):

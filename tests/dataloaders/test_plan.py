@@ -102,6 +102,37 @@ def test_views_spread_over_time_and_the_long_side() -> None:
     assert single.frames[0] == 22 and single.crop == (0, 48, 256, 256)
 
 
+@pytest.mark.parametrize("run", [1, 5])
+@pytest.mark.parametrize("frames", [8, 9, 60, 61])
+def test_segments_are_equal_parts_of_the_video_with_a_run_in_each(run: int, frames: int) -> None:
+    """TSN, section 3.1; github: yjxiong/temporal-segment-networks draws the starts so."""
+    shape = ClipShape(frames=4 * run, height=112, width=112, segments=4)
+    possible = frames - run + 1
+    seen: list[set[int]] = [set() for _ in range(4)]
+    for sample in range(300):
+        runs = np.array(draw(info(frames=frames), shape, sample=sample).frames).reshape(4, run)
+        assert (np.diff(runs, axis=1) == 1).all()
+        for k, start in enumerate(runs[:, 0].tolist()):
+            seen[k].add(start)
+    if possible >= 4:
+        cuts = [k * possible // 4 for k in range(5)]
+        assert seen == [set(range(cuts[k], cuts[k + 1])) for k in range(4)]
+    assert max(map(max, seen)) + run <= frames
+    (middle,) = make_views(info(frames=frames), shape, 1, 1)
+    starts = middle.frames[::run]
+    if possible >= 4:
+        assert all(abs(start + 0.5 - (k + 0.5) * possible / 4) <= 1 for k, start in enumerate(starts))
+    views = [view.frames[::run] for view in make_views(info(frames=frames), shape, 2, 1)]
+    assert all(first <= second for first, second in zip(*views, strict=True))
+
+
+def test_a_video_shorter_than_its_segments_is_looped() -> None:
+    shape = ClipShape(frames=16, height=112, width=112, segments=8)
+    for frames in (1, 2, 5):
+        for plan in (draw(info(frames=frames), shape), *make_views(info(frames=frames), shape, 3, 1)):
+            assert len(plan.frames) == 16 and set(plan.frames) <= set(range(frames))
+
+
 def test_backwards_views_take_the_flow_that_leads_to_each_frame() -> None:
     (plan,) = make_views(info(frames=16), SHAPE, 1, 1, backwards=True)
     assert plan.frames == tuple(range(15, -1, -1))

@@ -195,7 +195,7 @@ def one_step(data: DataSet, output: Path, precision: str) -> tuple[dict[str, flo
     stem = module.get_submodule("network.encoder.Conv3d_1a_7x7.conv3d")
     stem.register_forward_hook(lambda _module, _inputs, result: seen.append(result.dtype))
     scalars, _ = run.train_step(False)
-    run.loader.close()
+    run.loaders[0].close()
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     assert any(name.endswith("running_var") for name in floats)

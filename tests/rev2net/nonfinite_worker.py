@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,12 +41,22 @@ class Poisoned:
         return replace(ready, video=torch.full_like(ready.video, torch.nan))
 
 
-def poisoned(run: TrainingRun) -> Iterator[Any]:
-    """The run's batches, some of them poisoned."""
-    for number, batch in enumerate(run.loader):
-        step, index = divmod(number, run.accumulation)
-        bad = run.ranks.rank == run.ranks.world_size - 1 and step + 1 in BAD and index == 0
-        yield Poisoned(batch) if bad else batch
+class PoisonedLoader:
+    """A run's loader, some of whose batches are poisoned."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._loader, self._run, self._number = run.loaders[0], run, 0
+
+    def __next__(self) -> Any:
+        """The next batch."""
+        step, index = divmod(self._number, self._run.accumulation)
+        self._number += 1
+        ranks = self._run.ranks
+        bad = ranks.rank == ranks.world_size - 1 and step + 1 in BAD and index == 0
+        return Poisoned(next(self._loader)) if bad else next(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
 
 
 def state(run: TrainingRun) -> dict[str, torch.Tensor]:
@@ -93,7 +102,7 @@ def main() -> None:
             "train.micro_batch=2",
         ]
         run = TrainingRun(load_config("configs/demo.yaml", [*TINY, *words, "tracking.enabled=false"]))
-        run._batches = poisoned(run)
+        run.loaders = [PoisonedLoader(run)]  # type: ignore[list-item]
         steepen(run)
         found: list[Any] = []
         before = state(run)
@@ -114,8 +123,8 @@ def main() -> None:
         whole = all(kept[name].equal(before[name]) for name in kept)
         resumed = TrainingRun(run.config)
         updates = {float(s["step"]) for s in resumed.engine.torch_optimizer.state.values()}
-        run.loader.close()
-        resumed.loader.close()
+        run.loaders[0].close()
+        resumed.loaders[0].close()
         if run.ranks.first:
             row = {"steps": found, "message": message, "saved": saved.name, "whole": whole}
             row |= {"resumed": (resumed.step, resumed.skipped, sorted(updates))}

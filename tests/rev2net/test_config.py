@@ -14,10 +14,13 @@ import yaml
 from dataloaders.errors import UserError
 from rev2net.config import Config, config_from_tree, load_config, parse_duration, parse_range, to_steps
 from rev2net.distributed import Ranks
-from rev2net.engine import build_network, micro_batches
+from rev2net.engine import micro_batches
 from rev2net.losses import Objective
+from rev2net.models.build import build_network
 
-EXPERIMENTS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+EXPERIMENTS = sorted(p for p in CONFIGS.glob("*.yaml") if p.name != "tables.yaml")
+CELLS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name not in ("bases", "classes", "cluster"))
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ def test_every_experiment_loads_and_builds_its_network(path: Path) -> None:
         assert {"reduction", "ddp_low_reduction"} <= yaml.safe_load(path.read_text())["loss"].keys()
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*EXPERIMENTS, *CELLS], ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_yaml_gives_back_the_whole_configuration(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     copy = tmp_path / "copy.yaml"
@@ -142,7 +145,11 @@ def test_p12_an_unknown_key_is_refused_with_the_nearest_valid_one(small: Path, o
         ("augment.scales=[1, x]", r"^augment\.scales='x': .*number"),
         ("train.duration=[1]", r"^train\.duration=\[1\]: "),
         ("train=5", r"^train=5: "),
-        ("data.frames=12", r"^data\.frames=12 must be a multiple of 8$"),
+        ("data.frames=12", r"^data\.frames=12 must be a multiple of 8 for model\.name=rev2net$"),
+        ("model.name=slowfast", r"^model\.name='slowfast': .*'rev2net', 'i3d', 'tsn'"),
+        ("model.input=flow", r"model\.input=flow does not go with model\.name=rev2net, .*use model\.input=rgb"),
+        ("model.backbone=resnet18", r"^model\.backbone=resnet18 is for tsn, tsm, stm, off, but the network is rev2net"),
+        ("data.segments=4", r"^data\.segments=4 is for tsn, tsm, stm, off, but model\.name=rev2net sees motion"),
         ("data.size=30", r"^data\.size=30 must be a multiple of 4 and at least 32$"),
         ("data.size=16", r"^data\.size=16 must be"),
         ("eval.views=2x2", r"^views '2x2' are unknown; give Tx1 or Tx3"),
@@ -190,6 +197,35 @@ def test_p12_one_decoder_leaves_nothing_to_compare(small: Path) -> None:
         assert load_config(small, [off, "loss.ddp=none"]).decoders == (other,)
     assert "has 0" in refusal(small, "model.name=i3d")
     assert load_config(small, ["model.name=i3d", "loss.ddp=none"]).decoders == ()
+
+
+def test_p12_what_does_not_fit_a_network_of_images_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tsm.yaml"
+    path.write_text("output: o\ndata: {path: d, frames: 8, segments: 8}\nmodel: {name: tsm}\nloss: {ddp: none}\n")
+    assert load_config(path).data.run == 1
+    assert load_config(path, ["data.frames=40", "model.input=flow"]).data.run == 5
+    assert load_config(path, ["data.frames=20", "data.segments=0"]).data.run == 1  # any number of frames
+    assert refusal(path, "data.segments=3").startswith("data.frames=8 cannot be shared out to data.segments=3")
+    assert refusal(path, "model.width=0.5").startswith("model.width=0.5 is for rev2net, i3d, actionflownet, but")
+    assert refusal(path, "eval.views=whole").startswith("eval.views=whole takes every frame")
+    assert "compares neighbouring images" in refusal(path, "model.name=off", "data.segments=1")
+
+
+def test_a_file_lies_over_its_bases(tmp_path: Path) -> None:
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "a.yaml").write_text("output: a\ndata: {path: a, frames: 8}\noptim: {lr: 0.5}\n")
+    (tmp_path / "bases" / "b.yaml").write_text("base: a.yaml\ndata: {path: 'b-{split}', size: 64}\n")
+    (tmp_path / "bases" / "c.yaml").write_text("data: {size: 32}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text("base: [bases/b.yaml, bases/c.yaml]\noutput: runs/top-{split}\n")
+    config = load_config(top, ["data.split=3"])
+    assert (config.output, config.data.path, config.data.frames, config.data.size) == ("runs/top-3", "b-3", 8, 32)
+    assert config.optim.lr == 0.5
+    assert config_from_tree(config.model_dump(mode="json")) == config
+    (tmp_path / "bases" / "a.yaml").write_text("base: ../top.yaml\n")
+    assert "is its own base, through" in refusal(top)
+    top.write_text("base: [nowhere.yaml]\n")
+    assert refusal(top).startswith(f"there is no file {tmp_path / 'nowhere.yaml'}, the base of {top}: give")
 
 
 def test_ddp_changes_the_loss_and_never_the_network() -> None:

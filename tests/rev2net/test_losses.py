@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rev2net.losses import DDP, TERMS, KLReduction, Objective, Reduction, ddp_low, kl_divergence, norm
-from rev2net.models.rev2net import Latent, Rev2NetOutput
+from rev2net.models.heads import Heads, Latent
 
 N, CLIP = 3, (8, 6, 4)
 LABEL = torch.tensor([0, 2, 4])
@@ -32,10 +32,11 @@ def features(seed: int) -> tuple[Tensor, ...]:
     return tuple(leaf(N, 4, t, 2 * t, 3, seed=seed + t) for t in (1, 2, 4))
 
 
-def full_output() -> Rev2NetOutput:
+def full_output() -> Heads:
     """Every head as a leaf of the graph, so that its gradient tells which terms reached it."""
-    return Rev2NetOutput(
+    return Heads(
         logits=leaf(N, 5, seed=1),
+        pooled=leaf(N, 6, seed=4),
         flow=leaf(N, 2, *CLIP, seed=2),
         frames=leaf(N, 3, *CLIP, seed=3),
         flow_latent=latent(10),
@@ -49,12 +50,12 @@ def targets() -> tuple[Tensor, Tensor]:
     return torch.rand(N, 3, *CLIP, generator=generator(50)) * 2 - 1, torch.randn(N, 2, *CLIP, generator=generator(51))
 
 
-def measure(output: Rev2NetOutput, objective: Objective) -> dict[str, Tensor]:
+def measure(output: Heads, objective: Objective) -> dict[str, Tensor]:
     clip, flow = targets()
     return objective(output, LABEL, clip, flow)
 
 
-def leaves(output: Rev2NetOutput) -> dict[str, list[Tensor]]:
+def leaves(output: Heads) -> dict[str, list[Tensor]]:
     assert output.flow is not None and output.frames is not None
     assert output.flow_latent is not None and output.frame_latent is not None
     return {
@@ -248,7 +249,7 @@ def test_a_term_of_weight_zero_is_measured_but_not_in_the_graph() -> None:
 def test_a_network_without_a_head_has_no_such_term() -> None:
     flow_only = replace(full_output(), frames=None, frame_latent=None, frame_features=())
     assert set(measure(flow_only, Objective(ddp="none"))) == {"loss/ce", "loss/flow", "loss/total"}
-    nothing = Rev2NetOutput(logits=flow_only.logits)
+    nothing = Heads(logits=flow_only.logits, pooled=flow_only.pooled)
     terms = Objective(ddp="none")(nothing, LABEL, targets()[0], None)
     assert set(terms) == {"loss/ce", "loss/total"}
     assert torch.equal(terms["loss/total"], terms["loss/ce"])

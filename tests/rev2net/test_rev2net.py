@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rev2net.losses import TERMS, Objective
 from rev2net.models import I3D, Rev2Net
+from rev2net.models.heads import Heads, Latent
 from rev2net.models.i3d import Mixed, SameConv3d
-from rev2net.models.rev2net import HIDDEN, LATENT, LOGVAR_RANGE, Latent, Rev2NetOutput, UpConv3d
+from rev2net.models.rev2net import HIDDEN, LATENT, LOGVAR_RANGE, UpConv3d
 
 Size = tuple[int, int, int]
 TINY = 0.03125
@@ -318,7 +319,7 @@ def test_gradients_of_a_bfloat16_inception_block_over_two_frames_are_close_to_fl
             assert F.cosine_similarity(gradient.flatten(), expected[name].flatten(), 0) > 0.98, name
 
 
-def heads_of(output: Rev2NetOutput) -> list[Tensor]:
+def heads_of(output: Heads) -> list[Tensor]:
     assert output.flow is not None and output.frames is not None
     assert output.flow_latent is not None and output.frame_latent is not None
     latents = [t for latent in (output.flow_latent, output.frame_latent) for t in (latent.mu, latent.logvar)]

@@ -59,13 +59,13 @@ def main() -> None:
         unbroken.finish_saving()
         weights = snapshot.gather_weights(unbroken.engine)
         after = losses(unbroken, LAST)
-        unbroken.loader.close()
+        unbroken.loaders[0].close()
         resumed = TrainingRun(config)
         assert resumed.step == FIRST
         restored = snapshot.gather_weights(resumed.engine)
         assert all(torch.equal(weights[name], restored[name]) for name in weights)
         again = losses(resumed, LAST)
-        resumed.loader.close()
+        resumed.loaders[0].close()
         results[case] = {"before": before, "after": after, "again": again}
     if unbroken.ranks.first:
         Path(output, "losses.json").write_text(json.dumps(results))

@@ -1,0 +1,127 @@
+"""From a configuration to its data sets and loaders."""
+
+from __future__ import annotations
+
+from dataloaders.errors import UserError
+from dataloaders.loader import EvalLoader, TrainLoader
+from dataloaders.plan import Augment, ClipShape, Views
+from dataloaders.shards import DataSet
+from rev2net.config import Config
+from rev2net.distributed import Ranks
+
+_TARGET = 0x7A26E7
+"""Added to the seed, for the order of the target's clips: two data sets of one size are not paired clip by clip."""
+
+
+def open_data(config: Config) -> DataSet:
+    """The data set, checked against what the configuration wants of it.
+
+    Raises:
+        UserError: no such folder or URL, no such split, no flow where it is learned or seen, too few samples.
+    """
+    data = DataSet.open(config.data.path, cache=config.loader.cache, cache_gb=config.loader.cache_gb)
+    for split in (config.data.train_split, config.data.val_split):
+        data.shards(split)
+    _check_flow(data, config, learned=True)
+    return data
+
+
+def open_target(config: Config, classes: tuple[str, ...]) -> DataSet | None:
+    """The target domain's data set; None where the configuration has none.
+
+    Args:
+        classes: the source's.
+
+    Raises:
+        UserError: as `open_data`, or other classes.
+    """
+    if config.target.path is None:
+        return None
+    data = DataSet.open(config.target.path, cache=config.loader.cache, cache_gb=config.loader.cache_gb)
+    for split in (config.target.train_split, config.target.val_split):
+        data.shards(split)
+    if data.classes != classes:
+        odd = sorted(set(data.classes) ^ set(classes)) or ["their order"]
+        raise UserError(
+            f"target.path={config.target.path} has {len(data.classes)} classes and data.path={config.data.path} "
+            f"{len(classes)}, which differ in {odd[0]!r}: prepare both with the same --class-map"
+        )
+    _check_flow(data, config, learned=False)
+    return data
+
+
+def _check_flow(data: DataSet, config: Config, *, learned: bool) -> None:
+    if data.has_flow:
+        return
+    if config.model.input == "flow":
+        raise UserError(
+            f"{data.location} was prepared without flow, which model.input=flow needs: prepare it again without "
+            "--no-flow, or set model.input=rgb"
+        )
+    if learned and "flow" in config.decoders:
+        instead = "model.flow_decoder=false loss.ddp=none" if config.model.name == "rev2net" else "another model.name"
+        raise UserError(
+            f"{data.location} was prepared without flow, which the flow decoder of {config.model.name} needs: "
+            f"prepare it again without --no-flow, or set {instead}"
+        )
+
+
+def clip_shape(config: Config) -> ClipShape:
+    """The configured clip."""
+    data = config.data
+    return ClipShape(frames=data.frames, height=data.size, width=data.size, stride=data.stride, segments=data.segments)
+
+
+def train_loader(
+    data: DataSet, config: Config, ranks: Ranks, start_step: int, *, of_target: bool = False
+) -> TrainLoader:
+    """This rank's training batches; for the target domain without what only the decoders read."""
+    sees_flow = config.model.input == "flow"
+    return TrainLoader(
+        data,
+        config.target.train_split if of_target else config.data.train_split,
+        shape=clip_shape(config),
+        augment=Augment(**config.augment.model_dump()),
+        seed=config.train.seed + (_TARGET if of_target else 0),
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        backend=config.loader.backend,
+        workers=config.loader.workers,
+        prefetch=config.loader.prefetch,
+        pipelines_per_gpu=config.loader.pipelines_per_gpu,
+        device=ranks.device,
+        with_flow=sees_flow or ("flow" in config.decoders and not of_target),
+        with_rgb=not sees_flow,
+        start_step=start_step,
+    )
+
+
+def eval_loader(
+    data: DataSet,
+    split: str,
+    config: Config,
+    ranks: Ranks,
+    views: str,
+    *,
+    for_decoders: bool = False,
+    backwards: bool = False,
+) -> EvalLoader:
+    """This rank's part of a split in the given views, with the decoders' targets where they are wanted."""
+    sees_flow = config.model.input == "flow"
+    return EvalLoader(
+        data,
+        split,
+        shape=clip_shape(config),
+        views=Views.parse(views),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        batch_size=config.eval.batch,
+        backend=config.loader.backend,
+        workers=config.loader.workers,
+        device=ranks.device,
+        with_flow=sees_flow or (for_decoders and "flow" in config.decoders),
+        with_rgb=not sees_flow,
+        backwards=backwards,
+    )

@@ -1,0 +1,204 @@
+"""`rev2net eval` and `rev2net splits`: test checkpoints, one stream or two, one split or the three official ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING
+
+from dataloaders.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds, which a mistyped command should not
+    from torch import nn
+
+    from dataloaders.shards import DataSet
+    from rev2net.config import Config
+    from rev2net.distributed import Ranks
+    from rev2net.evaluate import Metrics
+
+_EVAL = """Accuracy of a checkpoint's test-time network (the encoder alone). Every video counts exactly once.
+
+examples:
+  rev2net eval runs/demo data
+  rev2net eval runs/demo/checkpoints/step-00000300 data --views 10x3 --split val
+  rev2net eval runs/i3d-rgb data --fuse runs/i3d-flow         two streams: the mean of their softmax scores
+  rev2net eval runs/demo data --backwards --json scores.json
+"""
+
+_SPLITS = """Accuracy of several runs, each on the validation split that it was trained beside, and the mean: the
+protocol of UCF101 and HMDB51, whose results are means over three official splits.
+
+examples:
+  rev2net splits runs/ucf101/tsn-rgb-1 runs/ucf101/tsn-rgb-2 runs/ucf101/tsn-rgb-3
+  rev2net splits runs/ucf101/tsn-rgb-{1,2,3} --fuse runs/ucf101/tsn-flow-{1,2,3}
+"""
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `rev2net eval`."""
+    _describe(parser, _EVAL)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, or one of its checkpoints")
+    parser.add_argument("data", metavar="DATA", help="folder that `rev2net prepare` made, or its URL")
+    parser.add_argument("--fuse", metavar="CHECKPOINT", help="a second stream, whose scores are averaged in")
+    parser.add_argument("--split", default="val")
+    _add_protocol(parser)
+    parser.add_argument("--backwards", action="store_true", help="play every clip backwards")
+    parser.add_argument("--confusion", metavar="FILE.png", help="write the confusion matrix as a picture")
+    parser.add_argument("--json", metavar="FILE", help="write metrics and confusion matrix; - for standard output")
+
+
+def add_splits_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `rev2net splits`."""
+    _describe(parser, _SPLITS)
+    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="one run for each split")
+    parser.add_argument("--fuse", metavar="CHECKPOINT", nargs="+", help="the second streams, in the same order")
+    _add_protocol(parser)
+
+
+def _describe(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.description = text
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def _add_protocol(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--views", default="10x3", help="CLIPSxCROPS or whole (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="clips of one forward pass")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--backend", choices=("auto", "dali", "pyav"), default="auto")
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """A checkpoint's test-time network, ready to be tested, and under which configuration."""
+
+    checkpoint: Path
+    network: nn.Module
+    config: Config
+    classes: tuple[str, ...]
+
+    @classmethod
+    def load(cls, path: str, args: argparse.Namespace, ranks: Ranks) -> _Stream:
+        """From what the user gave.
+
+        Raises:
+            UserError: no checkpoint, or views that its network cannot take.
+        """
+        from rev2net import checkpoint
+        from rev2net.evaluate import for_testing
+
+        found = checkpoint.find(path)
+        network, config, state = checkpoint.load_encoder(found)
+        if args.views == "whole" and config.data.segments:
+            raise UserError(f"--views whole takes every frame, but {found} samples segments: use 1x1 or 10x3")
+        updates = {
+            "eval": config.eval.model_copy(update={"views": args.views, "batch": args.batch}),
+            "loader": config.loader.model_copy(update={"backend": args.backend}),
+            "train": config.train.model_copy(update={"precision": args.precision}),
+        }
+        return cls(found, for_testing(network, ranks.device), config.model_copy(update=updates), state.classes)
+
+    def check(self, data: DataSet) -> None:
+        """UserError where the data set has other classes, or lacks the stream that the network sees."""
+        if data.classes != self.classes:
+            raise UserError(
+                f"{self.checkpoint} knows {len(self.classes)} classes ({', '.join(self.classes[:3])}, ...) and "
+                f"{data.location} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...): evaluate on data "
+                "prepared with the same classes"
+            )
+        if self.config.model.input == "flow" and not data.has_flow:
+            raise UserError(
+                f"{self.checkpoint} sees optical flow, but {data.location} was prepared without: prepare it again "
+                "without --no-flow"
+            )
+
+
+def _test(streams: Sequence[_Stream], data: DataSet, split: str, ranks: Ranks, *, backwards: bool = False) -> Metrics:
+    """Accuracy of one stream, or of the mean of two. A collective."""
+    from rev2net.evaluate import fuse, metrics, split_scores
+
+    data.shards(split)
+    first, *others = streams
+    for other in others:
+        if other.classes != first.classes:
+            odd = sorted(set(other.classes) ^ set(first.classes)) or ["their order"]
+            raise UserError(
+                f"{first.checkpoint} knows {len(first.classes)} classes and {other.checkpoint} {len(other.classes)}, "
+                f"which differ in {odd[0]!r}: fuse streams of the same classes"
+            )
+    for stream in streams:
+        stream.check(data)
+    scores = [split_scores(s.network, data, split, s.config, ranks, backwards=backwards) for s in streams]
+    return metrics(scores[0] if not others else fuse(*scores), len(data.classes))
+
+
+def _ranks() -> Ranks:
+    from rev2net.distributed import join, read_ranks
+
+    ranks = read_ranks()
+    if ranks.world_size > 1:
+        join(ranks, None)
+    return ranks
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """`rev2net eval`."""
+    from dataloaders.shards import DataSet
+    from rev2net import pictures
+
+    ranks = _ranks()
+    streams = [_Stream.load(path, args, ranks) for path in (args.checkpoint, args.fuse) if path is not None]
+    data = DataSet.open(args.data)
+    result = _test(streams, data, args.split, ranks, backwards=args.backwards)
+    if not ranks.first:
+        return 0
+    names = " and ".join(str(stream.checkpoint) for stream in streams)
+    where = sys.stderr if args.json == "-" else sys.stdout
+    print(f"{names} on {args.data}, split {args.split}, views {args.views}: {result.videos} videos", file=where)
+    values = {"top1": result.top1, "top5": result.top5, "mean_class": result.mean_class}
+    for name, value in values.items():
+        print(f"{name:<12}{value:>8.1%}", file=where)
+    for sample, reason in result.failed.items():
+        print(f"failed, counted as wrong: video {sample}: {reason}", file=where)
+    if args.confusion:
+        title = f"top-1 {result.top1:.1%} of {result.videos} videos"
+        pictures.confusion_matrix(result.confusion, data.classes, title).savefig(args.confusion)
+    if args.json:
+        tree = {
+            **values,
+            "videos": result.videos,
+            "failed": {str(k): v for k, v in result.failed.items()},
+            "classes": data.classes,
+            "confusion": result.confusion.tolist(),
+        }
+        text = json.dumps(tree)
+        print(text) if args.json == "-" else Path(args.json).write_text(text)
+    return 0
+
+
+def run_splits(args: argparse.Namespace) -> int:
+    """`rev2net splits`."""
+    from dataloaders.shards import DataSet
+
+    seconds = args.fuse or [None] * len(args.checkpoints)
+    if len(seconds) != len(args.checkpoints):
+        raise UserError(
+            f"{len(args.checkpoints)} checkpoints cannot be fused with {len(seconds)}: give --fuse one for each split"
+        )
+    ranks = _ranks()
+    top1: list[float] = []
+    for paths in zip(args.checkpoints, seconds, strict=True):
+        streams = [_Stream.load(path, args, ranks) for path in paths if path is not None]
+        config = streams[0].config
+        result = _test(streams, DataSet.open(config.data.path), config.data.val_split, ranks)
+        top1.append(result.top1)
+        if ranks.first:
+            print(f"{paths[0]:<40} {config.data.path:<30} top1 {result.top1:>7.1%} of {result.videos} videos")
+    if ranks.first:
+        spread = f" +- {stdev(top1):.1%}" if len(top1) > 1 else ""
+        print(f"mean of {len(top1)} splits: top1 {mean(top1):.1%}{spread}")
+    return 0

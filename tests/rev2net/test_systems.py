@@ -1,0 +1,169 @@
+"""Every system of the paper: a configuration for each cell of its tables, built, stepped, trained and tested."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import TINY
+
+from dataloaders.prepare_cli import SPLIT_NUMBERS
+from dataloaders.shards import DataSet
+from rev2net import checkpoint
+from rev2net.cli import main
+from rev2net.config import Config, load_config
+from rev2net.engine import TrainingStep
+from rev2net.models.build import build_network
+from rev2net.optim import build_optimizer
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TABLES = yaml.safe_load((CONFIGS / "tables.yaml").read_text())
+CELLS = sorted({run for table in TABLES.values() for row in table["rows"] for c in row["cells"] for run in c["runs"]})
+WITH_WIDTH, WITH_RESNET18 = ("rev2net", "i3d", "actionflownet"), ("tsn", "tsm", "off")
+
+
+def reduced(config: Config) -> list[str]:
+    """Overrides that leave a configuration what it is, and make it small."""
+    words = ["data.size=32", "model.imagenet=null"]
+    words += ["data.frames=8"] if not config.data.segments else []
+    words += ["model.width=0.125"] if config.model.name in WITH_WIDTH else []
+    words += ["model.backbone=resnet18"] if config.model.name in WITH_RESNET18 else []
+    return words
+
+
+def test_the_tables_are_the_paper_s(shared_annotations: Path) -> None:
+    """Models, inputs and numbers, read out of the paper's text."""
+    text = (shared_annotations.parent / "rev2net-paper.txt").read_text()
+    for number in range(1, 6):
+        block = re.search(rf"Table {number}\. .*?\n\nModel\tInput.*?\n(.*?)\n\n", text, re.DOTALL)
+        assert block is not None
+        rows = [line.split("\t") for line in block[1].splitlines()]
+        assert [row[:2] for row in rows] == [[r["model"], r["input"]] for r in TABLES[f"table{number}"]["rows"]]
+        ours = [[cell["paper"] for cell in row["cells"]] for row in TABLES[f"table{number}"]["rows"]]
+        assert [[None if v == "-" else float(v) for v in row[2:]] for row in rows] == ours
+
+
+def test_two_streams_are_one_of_rgb_and_one_of_flow() -> None:
+    for table in TABLES.values():
+        for row in table["rows"]:
+            wanted = {"RGB": ["rgb"], "Flow": ["flow"]}.get(row["input"], ["rgb", "flow"])
+            assert len(row["cells"]) == len(table["columns"])
+            for cell in row["cells"]:
+                assert [load_config(CONFIGS / f"{run}.yaml").model.input for run in cell["runs"]] == wanted
+
+
+def test_a_start_from_kinetics_is_a_run_on_kinetics_of_the_same_network() -> None:
+    """The three splits of the fine-tuned data sets have a folder each."""
+    for run in CELLS:
+        config = load_config(CONFIGS / f"{run}.yaml")
+        if run.partition("/")[0].endswith("-kinetics"):
+            assert config.init_from is not None and config.model.imagenet is None
+            start = load_config(CONFIGS / f"{config.init_from.removeprefix('runs/')}.yaml")
+            assert start.output == config.init_from
+            assert (start.model.name, start.model.input, start.data.frames, start.data.segments) == (
+                *(config.model.name, config.model.input, config.data.frames, config.data.segments),
+            )
+        else:
+            assert config.init_from is None and config.model.imagenet == "auto"
+        if run.startswith(("ucf101-", "hmdb51-")):
+            splits = [load_config(CONFIGS / f"{run}.yaml", [f"data.split={n}"]) for n in SPLIT_NUMBERS]
+            assert len({c.output for c in splits}) == len({c.data.path for c in splits}) == 3
+            assert all(c.data.path.endswith(f"-{n}") for n, c in zip(SPLIT_NUMBERS, splits, strict=True))
+
+
+@pytest.mark.parametrize("run", [*CELLS, "kinetics400/stm-rgb"])
+def test_every_cell_takes_a_step(run: str) -> None:
+    """At a reduced size: all parameters get a gradient, and the loss of the same clips falls."""
+    path = CONFIGS / f"{run}.yaml"
+    config = load_config(path, reduced(load_config(path)))
+    torch.manual_seed(0)
+    network = build_network(config, 5)
+    step = TrainingStep(network.train(), config.loss.objective(), config.target.weight)
+    step.reversal = 0.5
+    optimizer = build_optimizer(network, config.optim)
+    channels = {"rgb": 3, "flow": 2}[config.model.input]
+    clips = torch.rand(4, channels, config.data.frames, 32, 32) * 2 - 1
+    flow = torch.rand(2, 2, config.data.frames, 32, 32) - 0.5 if "flow" in config.decoders else None
+    label = torch.tensor([1, 3])
+    target = clips[2:] if config.target.dann else None
+    losses = []
+    for _ in range(2):
+        scalars = step(clips[:2], flow, label, torch.Generator().manual_seed(0), target)
+        losses.append(scalars["loss/total"].item())
+        optimizer.zero_grad()
+        scalars["loss/total"].backward()
+        assert [name for name, p in network.named_parameters() if p.grad is None] == []
+        optimizer.step()
+    assert all(map(torch.isfinite, map(torch.tensor, losses)))
+    assert ("loss/domain" in scalars) == ("-to-" in run)
+    assert network.encoder.eval()(clips).shape == (4, 5)
+
+
+@pytest.fixture(scope="module")
+def other_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips of the other generated domain, the same classes."""
+    folder = tmp_path_factory.mktemp("other")
+    words = ["--clips-per-class", "2", "--val-per-class", "1", "--frames", "12", "--domain", "b"]
+    assert main(["synth", str(folder / "clips"), *words]) == 0
+    words = ["--codec", "vp9", "--short-side", "128", "--workers", "2"]
+    assert main(["prepare", "folder", str(folder / "clips"), str(folder / "data"), *words]) == 0
+    assert DataSet.open(folder / "data").classes == DataSet.open(tiny_data).classes
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_data: Path, other_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """One cell of each network, trained for two steps by `rev2net train` on its own configuration."""
+    folder = tmp_path_factory.mktemp("systems")
+    made = {}
+    for run in (
+        *("hmdb-to-ucf/tsn-flow", "hmdb-to-ucf/rev2net", "ucf101-imagenet/actionflownet", "hmdb51-imagenet/off-rgb"),
+        *("kinetics400/stm-rgb", "kinetics400/tsm-rgb", "kinetics400/i3d-flow", "kinetics400/tsn-rgb"),
+    ):
+        path = CONFIGS / f"{run}.yaml"
+        if not path.exists():
+            continue
+        config = load_config(path)
+        output = folder / run.replace("/", "-")
+        words = [word for word in TINY if not word.startswith(("data.", "model."))]
+        words += [*reduced(config), f"data.path={tiny_data}", f"output={output}", "train.duration=2steps"]
+        words += ["loader.pipelines_per_gpu=1", "train.eval_every=null", "loss.ddp_low_from=0", "init_from=null"]
+        words += [f"target.path={other_data}"] if config.target.path else []
+        assert main(["train", str(path), *words]) == 0
+        made[run] = output
+    yield made
+
+
+def test_every_network_trains_and_is_tested_by_the_commands(
+    runs: dict[str, Path], tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run, output in runs.items():
+        result = yaml.safe_load((output / "result.json").read_text())
+        assert result["step"] == 2 and 0 <= result["metrics"]["val/top1"] <= 1
+        assert ("target/top1" in result["metrics"]) == ("-to-" in run)
+        assert main(["eval", str(output), str(tiny_data), "--views", "2x1", "--json", "-"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out.splitlines()[-1])["videos"] == 8
+        state = checkpoint.read_tensors(checkpoint.find(output), "weights")
+        assert any(name.startswith("discriminator.") for name in state) == ("-to-" in run)
+
+
+def test_dann_is_logged(runs: dict[str, Path]) -> None:
+    log = (runs["hmdb-to-ucf/tsn-flow"] / "train.log").read_text()
+    assert re.search(r"step 2/2 .* domain 0\.\d+ domain/accuracy [01]\.\d+ ", log)
+
+
+def test_two_streams_are_fused(
+    runs: dict[str, Path], tiny_data: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    rgb, flow = runs["kinetics400/tsm-rgb"], runs["kinetics400/i3d-flow"]
+    views = ["--views", "1x1"]
+    assert main(["eval", str(rgb), str(tiny_data), "--fuse", str(flow), *views]) == 0
+    assert f"{checkpoint.find(rgb)} and {checkpoint.find(flow)} on {tiny_data}" in capsys.readouterr().out
+    assert main(["splits", str(rgb), str(rgb), "--fuse", str(flow), str(flow), *views]) == 0
+    assert re.search(r"mean of 2 splits: top1 [\d.]+% \+- 0\.0%", capsys.readouterr().out)
+    assert "give --fuse one for each split" in refused("splits", str(rgb), str(rgb), "--fuse", str(flow))
+    assert "--views whole takes every frame" in refused("eval", str(rgb), str(tiny_data), "--views", "whole")
