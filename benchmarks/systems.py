@@ -28,18 +28,19 @@ SEEDS = range(3)
 
 SMALL = ("loss.ddp=none", "model.backbone=resnet18")
 EIGHT = ("data.segments=8", "data.frames=8")
+DENSE = ("data.frames=8", "data.stride=2")
 SYSTEMS: dict[str, tuple[str, ...]] = {
     "tsn-one-frame": ("model.name=tsn", *SMALL, "data.segments=1", "data.frames=1"),
     "tsn-flow": ("model.name=tsn", *SMALL, "model.input=flow", "data.segments=3", "data.frames=15"),
     "tsm": ("model.name=tsm", *SMALL, *EIGHT),
     "stm": ("model.name=stm", "loss.ddp=none", *EIGHT),
     "off": ("model.name=off", *SMALL, *EIGHT),
-    "actionflownet": ("model.name=actionflownet", "loss.ddp=none", "loss.lambda_flow=1", "model.width=0.5"),
-    "i3d-flow": ("model.name=i3d", "loss.ddp=none", "model.input=flow"),
-    "i3d": ("model.name=i3d", "loss.ddp=none", "target.adapt=false"),
-    "rev2net": ("target.adapt=false",),
-    "i3d-dann": ("model.name=i3d", "loss.ddp=none"),
-    "rev2net-dann": (),
+    "actionflownet": ("model.name=actionflownet", "loss.ddp=none", "loss.lambda_flow=1", "model.width=0.5", *DENSE),
+    "i3d-flow": ("model.name=i3d", "loss.ddp=none", "model.input=flow", *DENSE),
+    "i3d": ("model.name=i3d", "loss.ddp=none", "target.adapt=false", *DENSE),
+    "rev2net": ("target.adapt=false", *DENSE),
+    "i3d-dann": ("model.name=i3d", "loss.ddp=none", *DENSE),
+    "rev2net-dann": DENSE,
 }
 """Overrides of configs/demo.yaml. Those of I3D and Rev2Net on RGB have domain b as their target."""
 BLIND, CHANCE = "tsn-one-frame", 1 / 8
@@ -128,10 +129,12 @@ def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="runs whose name starts so")
+    parser.add_argument("--seed", type=int, choices=SEEDS, help="of this seed")
     parser.add_argument("--page", action="store_true", help="only write the page")
     args = parser.parse_args()
     done = {(row["system"], row["seed"]) for row in rows()}
-    left = [(s, seed) for seed in SEEDS for s in SYSTEMS if (s, seed) not in done and s.startswith(args.only)]
+    seeds = SEEDS if args.seed is None else [args.seed]
+    left = [(s, seed) for seed in seeds for s in SYSTEMS if (s, seed) not in done and s.startswith(args.only)]
     if left and not args.page:
         prepared()
         for system, seed in left:

@@ -25,11 +25,14 @@ class ClassMap:
     classes: tuple[str, ...]
     sources: dict[str, str]
 
+    def _names_of(self, new: str) -> list[str]:
+        return [name for name, other in self.sources.items() if other == new]
+
     def apply(self, listing: SourceListing) -> SourceListing:
         """The clips of the named classes with new names and labels; all others are left out.
 
         Raises:
-            UserError: no class of the listing is named.
+            UserError: a class of the map has no clips in the listing.
         """
         labels = {name: label for label, name in enumerate(self.classes)}
 
@@ -40,12 +43,15 @@ class ClassMap:
                 if clip.class_name in self.sources
             )
 
-        clips = kept(listing.clips)
-        if not clips:
+        found = {self.sources[name] for name in listing.classes if name in self.sources}
+        lacking = [name for name in self.classes if name not in found]
+        if lacking:
+            names = ", ".join(self._names_of(lacking[0]))
             raise UserError(
-                f"the class map names none of the source's classes ({', '.join(listing.classes[:5])}, ...); "
-                "its `from` entries must be class names of the source"
+                f"the class map's {lacking[0]!r} comes from {names}, but the source has no such class "
+                f"({', '.join(listing.classes[:5])}, ...): correct its `from`, or remove it for all data sets"
             )
+        clips = kept(listing.clips)
         return replace(listing, classes=self.classes, clips=clips, missing=kept(listing.missing))
 
 

@@ -136,14 +136,17 @@ def test_the_sixteen_classes_are_the_twelve_and_four_with_reasons() -> None:
 
 
 def test_a_class_map_filters_any_listing_and_what_is_missing_of_it(tmp_path: Path) -> None:
-    touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
-    (tmp_path / "list.txt").write_text("a.mp4 Biking\nb.mp4 ride_bike\nc.mp4 YoYo\ngone.mp4 Biking\nlost.mp4 YoYo\n")
-    listing = read_class_map(CLASSES / "ucf_hmdb_12.yaml").apply(
-        read_lists([("train", tmp_path / "list.txt")], tmp_path)
+    touch(tmp_path, "a.mp4", "b.mp4", "c.mp4", "d.mp4")
+    words = "a.mp4 Biking\nb.mp4 ride_bike\nc.mp4 YoYo\nd.mp4 Punch\ngone.mp4 Biking\nlost.mp4 YoYo\n"
+    (tmp_path / "list.txt").write_text(words)
+    (tmp_path / "map.yaml").write_text(
+        "classes: [{name: punch, from: [Punch, punch]}, {name: ride_bike, from: [Biking, ride_bike]}]"
     )
+    listing = read_class_map(tmp_path / "map.yaml").apply(read_lists([("train", tmp_path / "list.txt")], tmp_path))
     assert [(c.relative, c.class_name, c.label) for c in listing.clips] == [
-        ("a.mp4", "ride_bike", 7),
-        ("b.mp4", "ride_bike", 7),
+        ("a.mp4", "ride_bike", 1),
+        ("b.mp4", "ride_bike", 1),
+        ("d.mp4", "punch", 0),
     ]
     assert [c.relative for c in listing.missing] == ["gone.mp4"]
 
@@ -171,7 +174,10 @@ def test_p12_more_missing_clips_than_allowed_are_refused_before_anything_is_made
         (["kinetics", "videos", "out", "--annotations", "good.csv"], "none of the 1 listed clips exists"),
         (["folder", "videos", "out", "--class-map", "gone.yaml"], "class map gone.yaml does not exist"),
         (["folder", "videos", "out", "--class-map", "good.csv"], "class map good.csv cannot be read"),
-        (["folder", "videos", "out", "--class-map", "other.yaml"], "names none of the source's classes"),
+        (
+            ["folder", "videos", "out", "--class-map", "other.yaml"],
+            "the class map's 'b' comes from q, r, but the source has no such class (x",
+        ),
         (["folder", "videos", "out", "--class-map", "both.yaml"], "puts 'x' under 'a' and 'b'"),
     ],
 )
@@ -189,7 +195,7 @@ def test_p12_wrong_sources_are_refused_in_one_sentence(
     Path("times.csv").write_text(columns + "x,a,one,2,train\n")
     Path("twice.csv").write_text(columns + "x,a,1,2,train\nx,a,1,2,val\n")
     Path("good.csv").write_text(columns + "x,a,1,2,train\n")
-    Path("other.yaml").write_text("classes: [{name: a, from: [q]}]")
+    Path("other.yaml").write_text("classes: [{name: a, from: [x]}, {name: b, from: [q, r]}]")
     Path("both.yaml").write_text("classes: [{name: a, from: [x]}, {name: b, from: [x]}]")
     assert words in refused("prepare", *arguments)
     assert not Path("out").exists()

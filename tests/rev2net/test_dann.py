@@ -1,0 +1,143 @@
+"""Domain-adversarial training: the reversed gradient, what each part learns, and the pairing of the two data sets."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_data import make_dataset
+from torch import nn
+from torch.nn import functional as F
+
+from dataloaders.errors import UserError
+from dataloaders.shards import DataSet
+from rev2net.config import Config, config_from_tree
+from rev2net.data import open_target, train_loader
+from rev2net.distributed import Ranks
+from rev2net.engine import TrainingStep
+from rev2net.models.build import build_network
+from rev2net.models.dann import DomainDiscriminator, domain_loss, reversal_factor, reverse_gradient
+
+
+def test_the_gradient_is_reversed_and_scaled_and_the_value_is_not() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    y = reverse_gradient(x, 0.25)
+    assert torch.equal(x, y)
+    (3 * y).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, -0.75))
+
+
+def test_the_factor_is_that_of_the_paper() -> None:
+    """Ganin and Lempitsky, section 4.1: 2 / (1 + exp(-10 p)) - 1."""
+    assert reversal_factor(0, 100) == 0
+    for step, total in ((1, 10), (50, 100), (100, 100)):
+        assert math.isclose(reversal_factor(step, total), 2 / (1 + math.exp(-10 * step / total)) - 1)
+    assert reversal_factor(100, 100) > 0.9999
+
+
+def test_source_and_target_count_one_half_each_whatever_their_numbers() -> None:
+    logits = torch.tensor([-2.0, -1.0, 3.0, 1.0, -0.5, 2.0])
+    loss, accuracy = domain_loss(logits, 2)
+    source = F.softplus(logits[:2]).mean()  # -log(1 - sigmoid)
+    target = F.softplus(-logits[2:]).mean()  # -log(sigmoid)
+    assert torch.isclose(loss, (source + target) / 2)
+    assert accuracy == (1.0 + 0.75) / 2
+
+
+def test_discriminator_and_features_pull_in_opposite_directions() -> None:
+    """One step of the discriminator alone lowers the domain loss, one of the features alone raises it."""
+    torch.manual_seed(0)
+    discriminator = DomainDiscriminator(8, 16)
+    nn.init.normal_(discriminator.out.weight)
+    features = torch.randn(12, 8, requires_grad=True)
+
+    def loss(values: torch.Tensor) -> torch.Tensor:
+        return domain_loss(discriminator(values, 1.0), 6)[0]
+
+    before = loss(features)
+    before.backward()
+    with torch.no_grad():
+        assert loss(features - 1e-2 * features.grad / features.grad.norm()) > before
+        for parameter in discriminator.parameters():
+            parameter -= 1e-2 * parameter.grad
+        assert loss(features) < before
+
+
+def config(**more: object) -> Config:
+    tree = {
+        "output": "o",
+        "data": {"path": "a", "frames": 8, "size": 32},
+        "model": {"name": "i3d", "width": 0.125, "dropout": 0.0},
+        "loss": {"ddp": "none"},
+        "target": {"path": "b", "hidden": 16},
+        "train": {"global_batch": 4, "micro_batch": 2},
+        "loader": {"backend": "pyav"},
+    }
+    return config_from_tree({**tree, **more})
+
+
+def test_the_labels_of_the_target_reach_nothing() -> None:
+    """Its clips only enter the domain loss, and without reversal they leave the encoder's gradient as it is."""
+    torch.manual_seed(0)
+    network = build_network(config(), 4)
+    # Statistics of the batch are shared by both domains: in evaluation mode nothing but the loss joins them.
+    step = TrainingStep(network.eval(), config().loss.objective(), 1.0)
+    source, target = torch.rand(2, 3, 8, 32, 32), torch.rand(2, 3, 8, 32, 32)
+    label = torch.tensor([0, 3])
+
+    def gradients(unlabelled: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        network.zero_grad()
+        step(source, None, label, torch.Generator(), unlabelled)["loss/total"].backward()
+        return {n: p.grad.clone() for n, p in network.encoder.named_parameters()}
+
+    alone, with_target = gradients(None), gradients(target)
+    assert all(torch.allclose(alone[name], with_target[name], atol=1e-7) for name in alone)
+    step.reversal = 1.0
+    reversed_ = gradients(target)
+    assert not torch.allclose(alone["Mixed_5c.b0.conv3d.weight"], reversed_["Mixed_5c.b0.conv3d.weight"], atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataSet, DataSet]:
+    """Ten and six samples of the same classes."""
+    folder = tmp_path_factory.mktemp("two")
+    return make_dataset(folder / "a", shard_sizes=(4, 6)), make_dataset(folder / "b", shard_sizes=(6,))
+
+
+def test_source_and_target_are_paired_on_every_number_of_ranks_and_after_a_resume(two: tuple[DataSet, DataSet]) -> None:
+    """The pairs of clips of each step are the same, and the target's order is its own."""
+
+    def pairs(world: int, start: int, steps: int) -> list[list[tuple[str, str]]]:
+        found: list[list[tuple[str, str]]] = [[] for _ in range(steps)]
+        for rank in range(world):
+            ranks = Ranks(rank=rank, world_size=world, local_rank=rank, device=torch.device("cpu"))
+            loaders = [train_loader(d, config(), ranks, start, of_target=d is two[1]) for d in two]
+            for step in range(steps):
+                for _ in range(4 // world // 2):
+                    source, target = (next(loader) for loader in loaders)
+                    assert len(source) == len(target) == 2
+                    found[step] += zip(source.keys, target.keys, strict=True)
+            for loader in loaders:
+                loader.close()
+        return found
+
+    whole = pairs(1, 0, 6)
+    assert pairs(2, 0, 6) == whole
+    assert pairs(2, 4, 2) == whole[4:]
+    assert len({pair for step in whole for pair in step}) > 15  # not the same partners epoch after epoch
+
+
+def test_p12_a_target_that_does_not_fit_is_one_sentence(two: tuple[DataSet, DataSet], tmp_path: Path) -> None:
+    target = {"path": str(two[1].folder), "val_split": "train"}
+    assert open_target(config(target=target), two[0].classes) is not None
+    assert open_target(config(target={}), two[0].classes) is None
+    with pytest.raises(UserError, match=r"which differ in 'swim': prepare both with the same --class-map"):
+        open_target(config(target=target), (*two[0].classes, "swim"))
+    with pytest.raises(UserError, match=r"has no split 'test'"):
+        open_target(config(target={**target, "val_split": "test"}), two[0].classes)
+    plain = make_dataset(tmp_path, shard_sizes=(2,), flow_size=None)
+    flow = {"model": {"name": "i3d", "input": "flow"}, "target": {**target, "path": str(plain.folder)}}
+    with pytest.raises(UserError, match=r"without flow, which model\.input=flow needs"):
+        open_target(config(**flow), plain.classes)
