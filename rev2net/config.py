@@ -108,7 +108,7 @@ class TargetConfig(Section):
     train_split: str = Field("train", description="its unlabelled clips")
     val_split: str = "val"
     adapt: bool = Field(True, description="domain-adversarial training; false = train on data.path alone, and test")
-    weight: float = Field(1.0, ge=0, description="of the domain loss")
+    weight: float = Field(0.1, ge=0, description="of the domain loss; at 1 a network from scratch learns no labels")
     hidden: int = Field(1024, gt=0, description="width of the domain discriminator")
 
     @property

@@ -15,14 +15,15 @@ from rev2net.models.heads import Network
 def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.Optimizer:
     """SGD with momentum or AdamW; no weight decay on biases and normalisations (tensors of one dimension).
 
-    A group's `lr_factor` is what its rate is to be multiplied with: `optim.decoder_lr` for all but the encoder.
+    A group's `lr_factor` is what its rate is to be multiplied with: `optim.decoder_lr` for latents and decoders. The
+    domain discriminator learns as fast as the encoder: one that runs ahead drowns the labels in its reversed gradient.
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        factor = 1.0 if name.startswith("encoder.") else config.decoder_lr
+        factor = 1.0 if name.startswith(("encoder.", "discriminator.")) else config.decoder_lr
         group = groups.setdefault((decay, factor), {"params": [], "weight_decay": decay, "lr_factor": factor})
         group["params"].append(parameter)
     ordered = sorted(groups.values(), key=lambda group: (-group["weight_decay"], group["lr_factor"]))

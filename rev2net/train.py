@@ -81,6 +81,7 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
         return done
     run = TrainingRun(config)
     with ExitStack() as stack:
+        stack.callback(run.close_log)
         stack.enter_context(run.tracker)
         for loader in run.loaders:
             stack.callback(loader.close)
@@ -153,8 +154,7 @@ class TrainingRun:
             on_hang=lambda _: self.tracker.fail(),
         )
         self.profile = Profile(config.profile.steps if self.ranks.first else None, Path(config.output))
-        if self.ranks.first:
-            _open_folder(config)
+        self.log_file = _open_folder(config) if self.ranks.first else logging.NullHandler()
         self._announce(resumed)
 
     def _start_engine(self, resumed: Path | None) -> tuple[Engine, checkpoint.RunState | None]:
@@ -399,6 +399,11 @@ class TrainingRun:
             figure = pictures.decoders(network, batch, f"step {self.step}: {batch.keys[0]}")
             self.tracker.figure(figure, "decoders.png")
 
+    def close_log(self) -> None:
+        """Write no more to the run's log: another training of this process has one of its own."""
+        logging.getLogger().removeHandler(self.log_file)
+        self.log_file.close()
+
     def finish(self, stopped: bool) -> TrainResult:
         """Evaluate if the run is complete, and write `result.json`."""
         self.profile.close()
@@ -454,8 +459,8 @@ def _finished(config: Config) -> TrainResult | None:
     return result if Path(result.checkpoint).is_dir() else None
 
 
-def _open_folder(config: Config) -> None:
-    """Make the output folder: the resolved configuration, and a log that goes on over resumes."""
+def _open_folder(config: Config) -> logging.Handler:
+    """Make the output folder: the resolved configuration, and a log that goes on over resumes; its handler."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "result.json").unlink(missing_ok=True)
@@ -463,3 +468,4 @@ def _open_folder(config: Config) -> None:
     handler = logging.FileHandler(output / "train.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)  # what the loader says of bad clips belongs in it too
+    return handler

@@ -176,7 +176,7 @@ def test_p12_more_missing_clips_than_allowed_are_refused_before_anything_is_made
         (["folder", "videos", "out", "--class-map", "good.csv"], "class map good.csv cannot be read"),
         (
             ["folder", "videos", "out", "--class-map", "other.yaml"],
-            "the class map's 'b' comes from q, r, but the source has no such class (x",
+            "map's 'b' comes from q, r, but the source has no such",
         ),
         (["folder", "videos", "out", "--class-map", "both.yaml"], "puts 'x' under 'a' and 'b'"),
     ],

@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY
 from tiny_data import make_dataset
 from torch import nn
 from torch.nn import functional as F
 
 from dataloaders.errors import UserError
 from dataloaders.shards import DataSet
-from rev2net.config import Config, config_from_tree
+from rev2net.checkpoint import read_tensors
+from rev2net.config import Config, config_from_tree, load_config
 from rev2net.data import open_target, train_loader
 from rev2net.distributed import Ranks
 from rev2net.engine import TrainingStep
 from rev2net.models.build import build_network
 from rev2net.models.dann import DomainDiscriminator, domain_loss, reversal_factor, reverse_gradient
+from rev2net.train import train
 
 
 def test_the_gradient_is_reversed_and_scaled_and_the_value_is_not() -> None:
@@ -127,6 +130,19 @@ def test_source_and_target_are_paired_on_every_number_of_ranks_and_after_a_resum
     assert pairs(2, 0, 6) == whole
     assert pairs(2, 4, 2) == whole[4:]
     assert len({pair for step in whole for pair in step}) > 15  # not the same partners epoch after epoch
+
+
+def test_p4_a_resumed_adaptation_is_bit_equal(tiny_data: Path, tmp_path: Path) -> None:
+    """Encoder, discriminator and the factor of the reversal go on as if nothing had happened."""
+    words = [*TINY, "model.name=i3d", "loss.ddp=none", f"data.path={tiny_data}", f"target.path={tiny_data}"]
+    words += ["target.hidden=32", "train.duration=4steps", "tracking.enabled=false"]
+    whole, parts = (load_config("configs/demo.yaml", [*words, f"output={tmp_path / n}"]) for n in ("whole", "parts"))
+    stops = iter([False, True])
+    assert train(parts, stop_requested=lambda: next(stops)).step == 2
+    weights = [read_tensors(Path(train(c).checkpoint), "weights") for c in (whole, parts)]
+    assert "discriminator.out.weight" in weights[0]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    assert (tmp_path / "parts" / "train.log").read_text().count("going on from") == 1
 
 
 def test_p12_a_target_that_does_not_fit_is_one_sentence(two: tuple[DataSet, DataSet], tmp_path: Path) -> None:
