@@ -11,8 +11,9 @@ endif
 export PATH := $(abspath $(BIN)):$(PATH)
 
 CHAOS := $(VENV)/chaos.jsonl
-HURT := tests/chaos tests/dataloaders/test_prepare_kills.py $(addprefix tests/rev2net/test_training.py::, \
-	test_p4_p5_every_zero_stage_saves_restores_and_agrees \
+HURT := $(addprefix tests/chaos/,test_kills.py test_faults.py test_elastic.py) tests/dataloaders/test_prepare_kills.py \
+	$(addprefix tests/rev2net/test_training.py::, \
+	'test_p4_p5_every_zero_stage_saves_restores_and_agrees[all]' \
 	test_p9_a_step_without_a_finite_loss_is_skipped_and_three_in_a_row_end_the_run)
 
 .PHONY: help setup demo test check bench accuracy chaos test-gpu clean
@@ -58,7 +59,11 @@ accuracy: $(STAMP)
 
 chaos: $(STAMP)
 	@rm -f $(CHAOS)
-	REV2NET_CHAOS_TABLE=$(abspath $(CHAOS)) $(BIN)/python -m pytest -m 'not gpu' $(HURT)
+	@# Slurm's jobs wait most of their time: the others go on meanwhile.
+	@export REV2NET_CHAOS_TABLE=$(abspath $(CHAOS)); \
+	$(BIN)/python -m pytest -m 'not gpu' tests/chaos/test_slurm_chaos.py > $(VENV)/slurm-chaos.log 2>&1 & slurm=$$!; \
+	$(BIN)/python -m pytest -m 'not gpu' $(HURT); status=$$?; \
+	wait $$slurm || status=1; cat $(VENV)/slurm-chaos.log; exit $$status
 	$(BIN)/python tests/chaos/table.py $(CHAOS)
 
 test-gpu: $(STAMP)
