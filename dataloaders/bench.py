@@ -114,6 +114,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="a prepared data set: folder or URL")
     parser.add_argument("--split", default="train")
     parser.add_argument("--frames", type=int, default=32, help="frames of a clip (default: 32)")
+    parser.add_argument("--segments", type=int, default=0, help="parts of the video that the frames are spread over")
     parser.add_argument("--size", type=int, default=224, help="height and width of a clip (default: 224)")
     parser.add_argument("--batch", type=int, default=8, help="clips in a micro-batch (default: 8)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all cores)")
@@ -125,10 +126,16 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """Print the table; exit status 0."""
+    if arguments.segments and arguments.frames % arguments.segments:
+        raise UserError(
+            f"--frames {arguments.frames} cannot be shared out to --segments {arguments.segments}: give a multiple"
+        )
     rows = bench_loader(
         arguments.data,
         split=arguments.split,
-        shape=ClipShape(frames=arguments.frames, height=arguments.size, width=arguments.size),
+        shape=ClipShape(
+            frames=arguments.frames, height=arguments.size, width=arguments.size, segments=arguments.segments
+        ),
         batch=arguments.batch,
         workers=arguments.workers,
         pipelines_per_gpu=arguments.pipelines,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import av
@@ -22,6 +22,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from dataloaders.batch import ClipRequest, RawClips
 from dataloaders.errors import DecodeError
 from dataloaders.plan import flow_crop
+from dataloaders.trim import needed_packets
 
 Picture = npt.NDArray[np.uint8]
 
@@ -92,7 +93,7 @@ def decode_pictures(
     convert: Callable[[], Callable[[Any], Picture]],
     size: tuple[int, int],
 ) -> dict[int, Picture]:
-    """Decode frames from the key frame before the first wanted one to the last wanted one.
+    """Decode the wanted frames, and of their groups of pictures what stands before them.
 
     Args:
         wanted: frame indices.
@@ -105,7 +106,7 @@ def decode_pictures(
     pictures: dict[int, Picture] = {}
     picture_of = convert()
     try:
-        for index, frame in _frames_from(data, min(wanted), fps):
+        for index, frame in _frames_for(data, wanted, fps):
             if (frame.height, frame.width) != size:
                 raise DecodeError(key, f"is {frame.width}x{frame.height}, its json says {size[1]}x{size[0]}")
             if frame.is_corrupt:
@@ -119,20 +120,19 @@ def decode_pictures(
     raise DecodeError(key, f"has no frame {min(wanted - pictures.keys())}")
 
 
-def _frames_from(data: bytes, first: int, fps: float) -> Iterator[tuple[int, Any]]:
-    """Frames with their indices, from a key frame at or before frame `first` on; constant frame rate."""
+def _frames_for(data: bytes, wanted: set[int], fps: float) -> Iterator[tuple[int, Any]]:
+    """Frames with their indices: the wanted ones, and those that have to be decoded before them."""
     with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
         tick = float(stream.time_base) * fps
         origin = stream.start_time or 0
-        if first > 0:
-            # Half a frame later than the wanted one: rounding must not reach back to the key frame before.
-            container.seek(origin + int((first + 0.5) / tick), stream=stream, backward=True)
-        for frame in container.decode(stream):
-            if frame.pts is None:
-                raise ValueError("a frame has no timestamp")
-            yield round((frame.pts - origin) * tick), frame
+        packets = (packet for _, packet in needed_packets(container, stream, wanted, fps))
+        for packet in chain(packets, [None]):  # None: what the decoder holds back
+            for frame in stream.codec_context.decode(packet):
+                if frame.pts is None:
+                    raise ValueError("a frame has no timestamp")
+                yield round((frame.pts - origin) * tick), frame
 
 
 def decode_only(request: ClipRequest) -> int:

@@ -24,7 +24,8 @@ _VERIFY = """Compare size and hash of every file of a run's checkpoints, or of o
 example: rev2net checkpoint verify runs/demo
 """
 
-_EXPORT = """Write the weights of the test-time network, the I3D alone, under the names of piergiaj/pytorch-i3d.
+_EXPORT = """Write the weights of the test-time network alone: an I3D's under the names of piergiaj/pytorch-i3d, those
+of a network on a ResNet under torchvision's, after `backbone.` or `trunk.`.
 
 examples:
   rev2net checkpoint export-weights runs/demo/checkpoints/best i3d.safetensors

@@ -159,7 +159,8 @@ class TrainingRun:
 
     def _start_engine(self, resumed: Path | None) -> tuple[Engine, checkpoint.RunState | None]:
         torch.manual_seed(hash64(self.config.train.seed) % 2**63)  # starting weights, the same on every rank
-        network = build_network(self.config, len(self.data.classes))
+        config = self.config if resumed is None else without_imagenet(self.config)
+        network = build_network(config, len(self.data.classes))
         self._parameters = sum(p.numel() for p in network.encoder.parameters())  # before ZeRO-3 cuts them up
         if resumed is None:
             if self.config.init_from is not None:
@@ -194,6 +195,9 @@ class TrainingRun:
             self.ranks.device.type,
             self._parameters / 1e6,
         )
+        if self.target is not None and self.config.target.dann:
+            clips = self.target.num_samples(self.config.target.train_split)
+            log.info("adapting to %s: %d clips without labels", self.target.location, clips)
         warning = conv3d_warning(torch.__version__, torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
         if warning is not None and self.ranks.device.type == "cuda":
             log.warning(warning)
