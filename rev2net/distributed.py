@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,6 +95,12 @@ def read_ranks() -> Ranks:
     )
 
 
+def keep_builds_apart() -> None:
+    """Let DeepSpeed keep what it compiles in this environment: two that share a folder compile anew in turns."""
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+
+
 def join(ranks: Ranks, threads: int | None) -> None:
     """Start the process group (NCCL on GPUs, gloo on CPUs) and give this rank its share of the cores.
 
@@ -109,6 +117,7 @@ def join(ranks: Ranks, threads: int | None) -> None:
         os.environ.setdefault(name, str(value))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    keep_builds_apart()
     import deepspeed  # after DS_ACCELERATOR is set: it chooses its accelerator when imported
 
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"

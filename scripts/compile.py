@@ -5,9 +5,11 @@ import os
 import numpy as np
 
 from dataloaders.flow import tvl1
+from rev2net.distributed import keep_builds_apart
 
 tvl1(np.zeros((2, 32, 32), np.uint8))
 if os.environ.get("DS_ACCELERATOR") == "cpu":
+    keep_builds_apart()
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
