@@ -108,7 +108,7 @@ class STM(TSN):
     """STM, called and built as `TSN`; resnet50 only, whose keys stay torchvision's.
 
     On RGB with 400 classes: 24,498,740 parameters, 33.1 GMACs at 8x224x224; with the 174 classes of the paper's
-    first data set 24.0 M parameters, as published. The modules that STM adds to torchvision's, `temporal` and `motion`
+    first data set 24.04 M parameters. The modules that STM adds to torchvision's, `temporal` and `motion`
     of each block, start anew beside ImageNet weights; `partial_bn` leaves the batch normalisations of `motion` in
     training mode, as they have no statistics yet.
 

@@ -79,6 +79,7 @@ def test_p6_a_full_disk_ends_the_run_on_all_ranks_and_leaves_the_checkpoint_befo
     )
 
 
+@pytest.mark.chaos
 def test_p6_a_truncated_newest_checkpoint_is_put_aside(
     training: Callable[..., Training], undisturbed: Callable[..., Training], record: Record
 ) -> None:
@@ -106,6 +107,7 @@ def many_shards(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return data
 
 
+@pytest.mark.chaos
 def test_p8_a_shard_that_vanishes_ends_the_run_with_its_name(
     many_shards: Path, training: Callable[..., Training], tmp_path: Path, record: Record
 ) -> None:
