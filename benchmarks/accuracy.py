@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG = ROOT / "benchmarks" / "accuracy.jsonl"
@@ -137,9 +138,9 @@ def opposite_share(scores: dict[str, list[list[int]]]) -> float:
     return round(hits / sum(map(sum, confusion)), 4)
 
 
-def rows() -> list[dict[str, object]]:
+def rows(log: Path = LOG) -> list[dict[str, Any]]:
     """The rows written so far."""
-    return [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.is_file() else []
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
 
 def page(found: list[dict[str, object]]) -> str:

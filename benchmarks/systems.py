@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 from statistics import mean
 
-from accuracy import ROOT, command
+from accuracy import ROOT, command, rows
 from machine import cpu_facts
 
 LOG, PAGE = ROOT / "benchmarks" / "systems.jsonl", ROOT / "benchmarks" / "systems.md"
@@ -70,11 +70,6 @@ def train(system: str, seed: int) -> dict[str, object]:
         row |= {"domain_first": round(mean(told[:3]), 4), "domain_highest": round(max(told), 4)}
         row |= {"domain_last": round(mean(told[-3:]), 4)}
     return row
-
-
-def rows() -> list[dict[str, float]]:
-    """Those written so far."""
-    return [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.is_file() else []
 
 
 def of(found: Sequence[dict[str, float]], system: str, key: str) -> list[float]:
@@ -143,7 +138,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, choices=SEEDS, help="of this seed")
     parser.add_argument("--page", action="store_true", help="only write the page")
     args = parser.parse_args()
-    done = {(row["system"], row["seed"]) for row in rows()}
+    done = {(row["system"], row["seed"]) for row in rows(LOG)}
     seeds = SEEDS if args.seed is None else [args.seed]
     left = [(s, seed) for seed in seeds for s in SYSTEMS if (s, seed) not in done and s.startswith(args.only)]
     if left and not args.page:
@@ -152,10 +147,10 @@ def main() -> int:
             row = train(system, seed)
             with LOG.open("a") as log:
                 log.write(json.dumps(row) + "\n")
-            PAGE.write_text(page(rows()))
-    PAGE.write_text(page(rows()))
-    print(*broken(rows()), sep="\n", file=sys.stderr)
-    return 1 if broken(rows()) else 0
+            PAGE.write_text(page(rows(LOG)))
+    PAGE.write_text(page(rows(LOG)))
+    print(*broken(rows(LOG)), sep="\n", file=sys.stderr)
+    return 1 if broken(rows(LOG)) else 0
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class DataConfig(Section):
     )
 
     @property
-    def run(self) -> int:
+    def stack(self) -> int:
         """Consecutive frames that make one image of a network of images: 5 flow frames in TSN, 1 RGB frame."""
         return self.frames // self.segments if self.segments else 1
 
@@ -286,7 +286,7 @@ class Config(Section):
         if data.segments and self.eval.views == "whole":
             raise ValueError("eval.views=whole takes every frame, but data.segments samples some: use 1x1 or 10x3")
         if model.name in IMAGES:
-            if model.name == "off" and data.frames // data.run < 2:
+            if model.name == "off" and data.frames // data.stack < 2:
                 raise ValueError(f"model.name=off compares neighbouring images, but data.frames={data.frames} is one")
         elif data.segments:
             raise ValueError(

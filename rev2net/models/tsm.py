@@ -8,14 +8,14 @@ and no parameter. Offline, in both directions, before the first convolution of e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from dataloaders.errors import UserError
-from rev2net.models.tsn import TSN, Backbone, SegmentResNet, by_clip
+from rev2net.models.tsn import TSN, Backbone, Options, SegmentResNet, by_clip
 
 SHIFT_DIV = 8
 """An eighth of the channels moves in each direction (section 3.3)."""
@@ -84,19 +84,9 @@ class TSM(TSN):
     blocks: ClassVar[Mapping[Backbone, type[nn.Module]]] = {"resnet18": ShiftBasicBlock, "resnet50": ShiftBottleneck}
 
     def __init__(
-        self,
-        num_classes: int,
-        in_channels: int = 3,
-        *,
-        stack: int = 1,
-        backbone: Backbone = "resnet50",
-        dropout: float = 0.5,
-        partial_bn: bool = False,
-        shift_div: int = SHIFT_DIV,
+        self, num_classes: int, in_channels: int = 3, *, shift_div: int = SHIFT_DIV, **options: Unpack[Options]
     ) -> None:
-        super().__init__(
-            num_classes, in_channels, stack=stack, backbone=backbone, dropout=dropout, partial_bn=partial_bn
-        )
+        super().__init__(num_classes, in_channels, **options)
         if shift_div < 0 or shift_div == 1:
             raise UserError(
                 f"shift_div is {shift_div}, but must be 0 (no shift) or at least 2, as 1/shift_div of the channels"

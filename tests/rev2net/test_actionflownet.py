@@ -103,7 +103,7 @@ def test_flow_input_reaches_the_stem_as_it_is() -> None:
 )
 def test_flows_have_the_sizes_of_the_encoders_volumes(clip: Size3, sizes: list[Size3]) -> None:
     with torch.device("meta"):
-        network = ActionFlowNet(R3D18(11, width=0.25), clip)
+        network = ActionFlowNet(R3D18(11, width=0.25), clip).eval()
         x = torch.empty(2, 3, *clip)
         features, output = network.encoder.features(x), network.heads(x)
     assert [flow.shape for flow in output.flows] == [(2, 2, *size) for size in sizes]

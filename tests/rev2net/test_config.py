@@ -202,9 +202,9 @@ def test_p12_one_decoder_leaves_nothing_to_compare(small: Path) -> None:
 def test_p12_what_does_not_fit_a_network_of_images_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tsm.yaml"
     path.write_text("output: o\ndata: {path: d, frames: 8, segments: 8}\nmodel: {name: tsm}\nloss: {ddp: none}\n")
-    assert load_config(path).data.run == 1
-    assert load_config(path, ["data.frames=40", "model.input=flow"]).data.run == 5
-    assert load_config(path, ["data.frames=20", "data.segments=0"]).data.run == 1  # any number of frames
+    assert load_config(path).data.stack == 1
+    assert load_config(path, ["data.frames=40", "model.input=flow"]).data.stack == 5
+    assert load_config(path, ["data.frames=20", "data.segments=0"]).data.stack == 1  # any number of frames
     assert refusal(path, "data.segments=3").startswith("data.frames=8 cannot be shared out to data.segments=3")
     assert refusal(path, "model.width=0.5").startswith("model.width=0.5 is for rev2net, i3d, actionflownet, but")
     assert refusal(path, "eval.views=whole").startswith("eval.views=whole takes every frame")

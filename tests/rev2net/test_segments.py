@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -421,13 +422,8 @@ def test_mistakes_are_one_sentence() -> None:
 
 @pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(("network", "backbone"), [(TSM, "resnet18"), (STM, "resnet50")])
-def test_the_network_exports_and_compiles_without_data_dependent_code(network: type[TSN], backbone: Backbone) -> None:
+def test_the_network_exports_and_compiles_without_data_dependent_code(
+    network: type[TSN], backbone: Backbone, exports_and_compiles: Callable[..., None]
+) -> None:
     model = lively(network(4, backbone=backbone))
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(model, (torch.randn(2, 3, 4, 32, 32),), dynamic_shapes=({0: batch},))
-    clip = torch.randn(3, 3, 4, 32, 32)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        expected = model(clip)
-        torch.testing.assert_close(program.module()(clip), expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(compiled(clip), expected, rtol=0, atol=1e-5)
+    exports_and_compiles(model, atol=1e-5)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dataloaders.errors import UserError
 from rev2net.models import I3D, Rev2Net
-from rev2net.models.weights import load_i3d, read_tensors
+from rev2net.models.imagenet import load_weights
+from rev2net.models.weights import I3D_NAMING, load_tensors, read_tensors
 
 WIDTH = 0.125
 
@@ -82,7 +83,7 @@ def test_published_layouts_load_whole(tmp_path: Path, layout: str, zip_format: b
     source, target = network(1), network(2)
     path = tmp_path / "rgb.pt"
     torch.save(convert(source.state_dict()), path, _use_new_zipfile_serialization=zip_format)
-    report = load_i3d(target, path)
+    report = load_weights(target, path)
     assert_same(source, target)
     assert (report.layout, report.new_head, report.file_classes) == (reported, False, 7)
     assert report.loaded in (len(source.state_dict()), len(without_counters(source.state_dict())))
@@ -91,7 +92,7 @@ def test_published_layouts_load_whole(tmp_path: Path, layout: str, zip_format: b
 def test_safetensors_load_by_suffix(tmp_path: Path) -> None:
     source, target = network(1), network(2)
     save_file(source.state_dict(), tmp_path / "i3d.safetensors")
-    assert not load_i3d(target, tmp_path / "i3d.safetensors").new_head
+    assert not load_weights(target, tmp_path / "i3d.safetensors").new_head
     assert_same(source, target)
 
 
@@ -99,7 +100,7 @@ def test_of_a_whole_rev2net_the_encoder_is_taken(tmp_path: Path) -> None:
     source, target = network(1), network(2)
     whole = Rev2Net(source, (8, 32, 32))
     torch.save(whole.state_dict(), tmp_path / "whole.pt")
-    report = load_i3d(target, tmp_path / "whole.pt")
+    report = load_weights(target, tmp_path / "whole.pt")
     assert_same(source, target)
     assert len(report.ignored) + report.loaded == len(whole.state_dict())
     assert report.ignored
@@ -113,19 +114,19 @@ def test_another_number_of_classes_keeps_the_fresh_head_and_says_so(
     source, target = network(1, classes=400), network(2, classes=5)
     head = {k: v.clone() for k, v in target.logits.state_dict().items()}
     torch.save(convert(source.state_dict()), tmp_path / "k400.pt")
-    report = load_i3d(target, tmp_path / "k400.pt")
+    report = load_weights(target, tmp_path / "k400.pt")
     assert (report.new_head, report.file_classes) == (True, 400)
     assert "400 classes" in str(report)
     assert all(torch.equal(v, head[k]) for k, v in target.logits.state_dict().items())
     assert_same(source, target, but="logits.")
     with pytest.raises(UserError, match=r"400 classes, but the network has 5"):
-        load_i3d(target, tmp_path / "k400.pt", allow_new_head=False)
+        load_tensors(target, read_tensors(tmp_path / "k400.pt"), I3D_NAMING, source="k400.pt", allow_new_head=False)
 
 
 def test_a_file_without_a_head_loads_as_a_trunk(tmp_path: Path) -> None:
     source, target = network(1), network(2)
     torch.save({k: v for k, v in source.state_dict().items() if "logits" not in k}, tmp_path / "trunk.pt")
-    report = load_i3d(target, tmp_path / "trunk.pt")
+    report = load_weights(target, tmp_path / "trunk.pt")
     assert (report.new_head, report.file_classes) == (True, None)
     assert_same(source, target, but="logits.")
 
@@ -138,11 +139,11 @@ def test_flow_weights_fit_flow_networks_only(
     torch.save(convert(flow.state_dict()), tmp_path / "flow.pt")
     torch.save(convert(rgb.state_dict()), tmp_path / "rgb.pt")
     with pytest.raises(UserError, match=r"3 \(RGB\) input channels, but the network takes 2 \(flow\)"):
-        load_i3d(network(3, channels=2), tmp_path / "rgb.pt")
+        load_weights(network(3, channels=2), tmp_path / "rgb.pt")
     with pytest.raises(UserError, match=r"2 \(flow\) input channels, but the network takes 3 \(RGB\)"):
-        load_i3d(network(3, channels=3), tmp_path / "flow.pt")
+        load_weights(network(3, channels=3), tmp_path / "flow.pt")
     target = network(3, channels=2)
-    load_i3d(target, tmp_path / "flow.pt")
+    load_weights(target, tmp_path / "flow.pt")
     assert_same(flow, target)
 
 
@@ -164,12 +165,12 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path: Path, form: st
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     target = network(2)
     with pytest.raises(UserError, match="could run code while they load"):
-        load_i3d(target, path)
+        load_weights(target, path)
     assert not trace.exists()
     assert_same(target, network(2))
     if not form.startswith("pickle"):
         with pytest.raises(UserError, match=r"\((posix|nt)\.mkdir\)"):
-            load_i3d(target, path)
+            load_weights(target, path)
 
 
 def test_a_whole_pickled_module_is_refused(tmp_path: Path) -> None:
@@ -224,6 +225,6 @@ def test_p12_a_mismatch_names_the_first_key_and_leaves_the_network_untouched(tmp
         path = tmp_path / f"{name}.pt"
         torch.save(content, path)
         with pytest.raises(UserError, match=message) as error:
-            load_i3d(target, path)
+            load_weights(target, path)
         assert "\n" not in str(error.value)
         assert_same(target, network(2))
