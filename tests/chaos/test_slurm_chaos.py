@@ -125,6 +125,8 @@ class Trainings:
         for rank in ranks:
             os.kill(int(rank.name), signal.SIGSTOP)
         try:
+            # One that does not stand still yet would look as if Slurm had woken it.
+            self.slurm.wait("halt", lambda: all(_stands_still((rank / "status").read_text()) for rank in ranks), 60)
             yield
             self.slurm.wait("signal", lambda: all(map(_is_signalled, ranks)), 300)
         finally:
@@ -155,7 +157,11 @@ def _is_signalled(process: Path) -> bool:
         return True
     pending = re.findall(r"(?m)^(?:SigPnd|ShdPnd):\s(\w+)$", status)
     waits = any(int(mask, 16) >> (signal.SIGUSR2 - 1) & 1 for mask in pending)
-    return waits or "\nState:\tT" not in status
+    return waits or not _stands_still(status)
+
+
+def _stands_still(status: str) -> bool:
+    return "\nState:\tT" in status
 
 
 @pytest.fixture(scope="module")
