@@ -70,7 +70,7 @@ def _frames_of(requests: Sequence[ClipRequest]) -> Sequence[torch.Tensor | None]
         return [None] * len(requests)
     wanted = {frame for request in requests for frame in request.plan.frames}
     pictures = decode_pictures(requests[0].rgb, wanted, info.fps, key, to_rgb, (info.height, info.width))
-    return [_clip(request, [pictures[i] for i in request.plan.frames]) for request in requests]
+    return [rgb_clip(request, [pictures[i] for i in request.plan.frames]) for request in requests]
 
 
 def _flows_of(requests: Sequence[ClipRequest]) -> Sequence[torch.Tensor | None]:
@@ -82,7 +82,7 @@ def _flows_of(requests: Sequence[ClipRequest]) -> Sequence[torch.Tensor | None]:
     wanted = {frame for request in requests for frame in request.plan.flow_frames}
     size = (2 * info.flow_height, info.flow_width)
     planes = decode_pictures(requests[0].flow, wanted, info.fps, key, to_luma, size)
-    return [_flow_clip(request, [planes[i] for i in request.plan.flow_frames]) for request in requests]
+    return [flow_clip(request, [planes[i] for i in request.plan.flow_frames]) for request in requests]
 
 
 def decode_pictures(
@@ -186,14 +186,18 @@ def to_luma() -> Callable[[Any], Picture]:
     return convert
 
 
-def _clip(request: ClipRequest, pictures: list[Picture]) -> torch.Tensor:
+def rgb_clip(request: ClipRequest, pictures: Sequence[Picture]) -> torch.Tensor:
+    """A planned clip, uint8 [T, H, W, 3], of its whole frames, uint8 [h, w, 3]."""
     top, left, height, width = request.plan.crop
     cut = np.stack([picture[top : top + height, left : left + width] for picture in pictures])
     return _resize_and_flip(cut, request)
 
 
-def _flow_clip(request: ClipRequest, planes: list[Picture]) -> torch.Tensor:
-    """Both planes are cut out before the resize, so that they do not bleed into each other."""
+def flow_clip(request: ClipRequest, planes: Sequence[Picture]) -> torch.Tensor:
+    """A planned clip, uint8 [T, H, W, 2], of its whole stacked planes, uint8 [2h, w].
+
+    Both planes are cut out before the resize, so that they do not bleed into each other.
+    """
     top, left, height, width = flow_crop(request.info, request.plan.crop)
     second = top + (request.info.flow_height or 0)
     columns = slice(left, left + width)

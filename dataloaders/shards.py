@@ -208,6 +208,11 @@ class DataSet:
         return str(self.manifest["video"]["codec"])
 
     @property
+    def preparation(self) -> dict[str, Any]:
+        """How the videos were prepared: `PrepareSettings.to_json`."""
+        return dict(self.manifest["settings"]["preparation"])
+
+    @property
     def has_flow(self) -> bool:
         """Whether the samples hold flow videos."""
         return self.manifest["flow"] is not None

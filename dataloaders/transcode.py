@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +83,18 @@ class PrepareSettings:
             raise UserError(f"fps is {float(self.fps):g}; give 1 to 240, or `source` for each video's own")
         if self.shard_bytes < 1:
             raise UserError(f"shards of {self.shard_bytes} bytes are too small; give 1 MB or more")
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> PrepareSettings:
+        """Read what `to_json` made, flow on the CPU; UserError where it is not that."""
+        try:
+            fps, size = raw["fps"], raw["size"]
+            exact = {"fps": None if fps is None else Fraction(fps), "size": None if size is None else tuple(size)}
+            settings = cls(**{**raw, **exact, "flow_device": "cpu"})
+            settings.check()
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"settings of a preparation are damaged ({error}): use another file") from error
+        return settings
 
     def to_json(self) -> dict[str, object]:
         """Plain values, for the manifest."""
@@ -177,19 +190,29 @@ class FlowTrack:
     def _flush(self) -> None:
         if len(self._waiting) < 2:
             return
-        flow = _estimate(np.stack(self._waiting), self._device)
-        stored = area_average(area_average(flow, self.height, 2), self.width, 3)
-        for codes in encode_flow(stored):
+        for codes in stored_flow(np.stack(self._waiting), self.height, self.width, self._device):
             self._last = flow_picture(codes)
             self._encoder.add(self._last)
         del self._waiting[:-1]
 
 
-def _estimate(frames: npt.NDArray[np.uint8], device: FlowDevice) -> npt.NDArray[np.float32]:
+def stored_flow(
+    frames: npt.NDArray[np.uint8], height: int, width: int, device: FlowDevice = "cpu"
+) -> npt.NDArray[np.uint8]:
+    """TV-L1 flow from each gray frame to the next, as it is stored.
+
+    Args:
+        frames: uint8 [T, H, W].
+        height, width: of one stored flow plane.
+
+    Returns:
+        uint8 [T - 1, 2 * height, width], the codes of `encode_flow`, in pixels of the frames.
+    """
     if device == "cpu":
-        return tvl1(frames, threads=1)
-    flow: npt.NDArray[np.float32] = tvl1_batched(torch.from_numpy(frames).to(device)).cpu().numpy()
-    return flow
+        flow = tvl1(frames, threads=1)
+    else:
+        flow = tvl1_batched(torch.from_numpy(frames).to(device)).cpu().numpy()
+    return encode_flow(area_average(area_average(flow, height, 2), width, 3))
 
 
 def area_average(values: npt.NDArray[np.float32], length: int, axis: int) -> npt.NDArray[np.float32]:

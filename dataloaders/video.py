@@ -76,16 +76,21 @@ _GRAY_OF_LUMA: npt.NDArray[np.uint8] = np.clip(
 class VideoSource:
     """A source video, opened and decoded up to its first frame.
 
+    Args:
+        threads: that decode; 0 = one for each core. The frames are the same.
+
     Attributes:
         width, height: as displayed, after rotation and the pixels' aspect ratio.
         fps: average frame rate.
+        seconds: duration, as far as the file knows it; None where it does not.
 
     Raises:
         DecodeError: on construction and while reading, for whatever the decoder refuses.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, threads: int = 1) -> None:
         self._path = path
+        self._threads = threads
         try:
             # Some HMDB51 files hold metadata that is not UTF-8.
             self._container = av.open(str(path), metadata_errors="ignore")
@@ -101,10 +106,12 @@ class VideoSource:
         if not self._container.streams.video:
             raise DecodeError(str(self._path), "holds no video stream")
         stream = self._container.streams.video[0]
-        stream.thread_type = "NONE"
-        stream.codec_context.thread_count = 1
+        stream.thread_type = "NONE" if self._threads == 1 else "AUTO"
+        stream.codec_context.thread_count = self._threads
         rate = stream.average_rate or stream.guessed_rate
         self.fps = Fraction(rate) if rate else Fraction(25)
+        known = self._container.duration
+        self.seconds = None if known is None else known / av.time_base
         self._decoded = self._decode(stream)
         first = next(self._decoded, None)
         if first is None:

@@ -35,7 +35,7 @@ from rev2net.snapshot import Snapshot
 log = logging.getLogger("rev2net")
 
 LATEST, BEST = "latest", "best"
-FORMAT = 3
+FORMAT = 4
 TENSORS = ("weights", "optimizer", "buffers")
 METRIC = "val/top1"
 """Of an evaluation: the best checkpoint is the one in which it is highest."""
@@ -51,6 +51,7 @@ class RunState:
         classes: class names, in order of the logits.
         world_size: number of ranks that wrote the checkpoint.
         config: the configuration that it was written under.
+        preparation: how the videos were prepared that it learned from (`DataSet.preparation`).
         updates: updates that the optimizer has made; fewer than steps where some were skipped.
         skipped: how many of the steps did not change the weights, because the loss or gradients were not finite.
         replaced: how many clips could not be decoded so far.
@@ -62,6 +63,7 @@ class RunState:
     classes: tuple[str, ...]
     world_size: int
     config: dict[str, Any]
+    preparation: dict[str, Any]
     updates: int
     skipped: int = 0
     replaced: int = 0

@@ -21,6 +21,7 @@ _EXAMPLES = """examples:
   rev2net train configs/demo.yaml data.path=data            on one process
   deepspeed --num_gpus 2 --module rev2net train configs/demo.yaml data.path=data
   rev2net eval runs/demo data --views 10x3
+  rev2net predict runs/demo video.mp4                       the classes that any video shows
 """
 
 _TRAIN = """Train as CONFIG says. The same command again goes on from the last checkpoint.
@@ -62,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     _mount(commands, "eval", "test a checkpoint", "rev2net.eval_cli", "eval")
     _mount(commands, "splits", "test a run for each official split, and their mean", "rev2net.eval_cli", "splits")
+    _mount(commands, "predict", "what videos show", "rev2net.predict", "predict")
+    _mount(commands, "export", "the test-time network as .pt2 or .onnx", "rev2net.export", "export")
     bench = commands.add_parser("bench", help="measure parts of the system on this machine")
     parts = bench.add_subparsers(dest="part", required=True, metavar="PART", parser_class=_Parser)
     _mount(parts, "loader", "clips/s of each decoding backend", "dataloaders.bench", "bench")

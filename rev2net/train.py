@@ -321,6 +321,7 @@ class TrainingRun:
             classes=self.data.classes,
             world_size=self.ranks.world_size,
             config=self.config.model_dump(mode="json"),
+            preparation=self.data.preparation,
             updates=self.engine.updates,
             skipped=self.skipped,
             replaced=self.replaced,

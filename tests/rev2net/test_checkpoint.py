@@ -26,7 +26,7 @@ def snapshot(value: float) -> Snapshot:
 
 
 def state(step: int) -> RunState:
-    return RunState(step=step, run_id=None, classes=("a", "b"), world_size=1, config={}, updates=step)
+    return RunState(step=step, run_id=None, classes=("a", "b"), world_size=1, config={}, preparation={}, updates=step)
 
 
 def written(folder: Path, *steps: int, keep: int | None = None) -> list[str]:
