@@ -91,6 +91,13 @@ class Outbox:
             write_atomically(self._mark, json.dumps({"run": self.run, "arrived": self._arrived}).encode())
 
 
+def delivered_to(folder: Path) -> tuple[str, str] | None:
+    """Store and id of the MLflow run that a run's folder has its rows delivered to; None where nobody knows."""
+    mark = folder / "outbox.json"
+    run = _json(mark.read_bytes()).get("run") if mark.exists() else None
+    return (run[0], run[1]) if run else None
+
+
 def _json(data: bytes) -> dict[str, Any]:
     """What a disk that failed has left of a line: nothing, if it cannot be read."""
     try:
