@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dataloaders.errors import UserError
 from dataloaders.shards import DataSet
 from rev2net.config import Config
-from rev2net.outbox import delivered_to
+from rev2net.outbox import run_of
 from rev2net.store import TESTS, Run, connect, database
 from rev2net.tracking import source_commit, tracking_uri
 
@@ -58,8 +58,7 @@ class EvaluationLog:
     def _training(self, checkpoint: Path, state: RunState) -> Run:
         from mlflow.exceptions import MlflowException
 
-        address = delivered_to(checkpoint.parent.parent)
-        run_id = state.run_id if address is None else address[1]
+        run_id = run_of(checkpoint, state.run_id)
         if run_id is None:
             raise UserError(f"{checkpoint} knows no MLflow run, because tracking was off: leave out --log")
         try:

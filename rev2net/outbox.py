@@ -91,11 +91,15 @@ class Outbox:
             write_atomically(self._mark, json.dumps({"run": self.run, "arrived": self._arrived}).encode())
 
 
-def delivered_to(folder: Path) -> tuple[str, str] | None:
-    """Store and id of the MLflow run that a run's folder has its rows delivered to; None where nobody knows."""
-    mark = folder / "outbox.json"
+def run_of(checkpoint: Path, saved: str | None) -> str | None:
+    """The MLflow run of the training that wrote a checkpoint; None where it had none.
+
+    Args:
+        saved: what the checkpoint knows of it. The run's folder knows better: a server may have been away.
+    """
+    mark = checkpoint.parent.parent / "outbox.json"
     run = _json(mark.read_bytes()).get("run") if mark.exists() else None
-    return (run[0], run[1]) if run else None
+    return str(run[1]) if run else saved
 
 
 def _json(data: bytes) -> dict[str, Any]:

@@ -89,6 +89,11 @@ class Wanted:
         return cls(first, SPLIT_NUMBERS if first.data.path != second.data.path else (1,))
 
     @property
+    def start(self) -> str | None:
+        """The configuration whose training it starts from."""
+        return None if self.config.init_from is None else self.config.init_from.removeprefix("runs/")
+
+    @property
     def tested_on(self) -> Literal["data", "target"]:
         """The section of the configuration whose data it is tested on: another domain's, or its own."""
         return "data" if self.config.target.path is None else "target"
@@ -182,21 +187,23 @@ def read_report(store: Store, experiments: Sequence[str] = (), configs: Path = C
         raise UserError(f"there is no {file}: run this command from a checkout, which has the paper's tables")
     tables = yaml.safe_load(file.read_text())
     pairs = {tuple(cell["runs"]) for table in tables.values() for row in table["rows"] for cell in row["cells"]}
-    single = {(name,) for pair in pairs for name in pair}
-    made = {name: Wanted.of(configs / f"{name}.yaml") for (name,) in sorted(single)}
+    names = {name for pair in pairs for name in pair}
+    made = {name: Wanted.of(configs / f"{name}.yaml") for name in sorted(names)}
+    made |= {start: Wanted.of(configs / f"{start}.yaml") for w in made.values() if (start := w.start) is not None}
     runs = store.runs(experiments)
     own = [run for run in runs if PARENT not in run.tags]
-    trainings = _newest([_training(store, run, made[name]) for run in own if (name := _cell_of(run)) in made])
+    trainings = [_training(store, run, made[name]) for run in own if (name := _cell_of(run)) in made]
+    trainings = _newest(_with_starts(trainings, {name: wanted.start for name, wanted in made.items()}))
     by_run = {result.run.id: result for result in trainings}
     tests = [_test(run, parts) for run in own if (parts := _parts(run, by_run))]
     found: dict[tuple[str, ...], list[Result]] = defaultdict(list)
     for result in sorted([*trainings, *tests], key=lambda r: (r.run.started, r.run.id)):
         found[result.cell].append(result)
     cells = {}
-    for names in sorted(pairs | single):
-        wanted = made[names[0]]
-        results = found.get(tuple(sorted(names)), [])
-        cells[names] = Cell(names, wanted, _choose(results, wanted.config.eval.views))
+    for cell in sorted(pairs | {(name,) for name in made}):
+        wanted = made[cell[0]]
+        results = found.get(tuple(sorted(cell)), [])
+        cells[cell] = Cell(cell, wanted, _choose(results, wanted.config.eval.views))
     used = sum(len(cell.results) for cell in cells.values())
     return Report(tables=tables, cells=cells, left_out=len(runs) - used)
 
@@ -258,6 +265,32 @@ def _comparable(key: str, value: str) -> str:
     return "a path" if key in PATHS and value != "None" else value[:500]
 
 
+def _with_starts(trainings: Sequence[Result], starts: Mapping[str, str | None]) -> list[Result]:
+    """The same; where a configuration starts from the weights of another, what is wrong with those is a deviation.
+
+    Args:
+        starts: of each configuration, the one whose training it starts from.
+    """
+    by_run = {result.run.id: result for result in trainings}
+    made = []
+    for result in trainings:
+        start, params = starts[result.cell[0]], result.run.params
+        wrong = []
+        if start is not None and params.get("init_from", "None") != "None":
+            found = by_run.get(params.get("init_from.run", ""))
+            if found is None or found.cell != (start,):
+                wrong = [f"starts from weights that no run of {start} in this store trained"]
+            elif found.why_not is not None or _of_training(found):
+                wrong = [f"starts from {found.run.id}, which deviates or did not come to its end"]
+        made.append(replace(result, deviations=(*result.deviations, *wrong)))
+    return made
+
+
+def _of_training(result: Result) -> list[str]:
+    """What deviates in the weights: their last test may have been any."""
+    return [text for text in result.deviations if not text.startswith("eval.views=")]
+
+
 def _newest(trainings: Sequence[Result]) -> list[Result]:
     """Of two good trainings of one cell, seed and split the newer one stands for both."""
     newest = {(r.cell, r.seed, r.split): r.run.id for r in trainings if r.why_not is None}
@@ -288,7 +321,7 @@ def _test(run: Run, parts: Sequence[Result]) -> Result:
     elif top1 is None or not 0 <= top1 <= 1:
         why_not = f"its test/top1 is {top1}"
     seeds = [part.seed for part in parts]
-    deviations = [text for part in parts for text in part.deviations if not text.startswith("eval.views=")]
+    deviations = [text for part in parts for text in _of_training(part)]
     return Result(
         run=run,
         trainings=tuple(part.run for part in parts),

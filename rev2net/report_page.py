@@ -35,7 +35,7 @@ INTRODUCTION = (
     "Top-1 accuracy in percent, the paper's and ours. Ours is the mean over seeds of the means over the official "
     "splits. ± is the standard deviation (n - 1) over the seeds, or over the splits where that is said.",
     "A number comes from a training that came to its end, by its test after the last step, or from a test that "
-    "`rev2net eval --log` or `rev2net splits --log` kept. Of several for one seed and split those with the "
+    "rev2net eval --log or rev2net splits --log kept. Of several for one seed and split those with the "
     "configuration's views come first, then a test of its own before the training's last one, then the newest; of two "
     "trainings of one seed and split the newer one stands for both. Runs that failed, were stopped or still run enter "
     "nothing. Seeds that have fewer splits than others do not enter the mean.",

@@ -32,6 +32,7 @@ from rev2net.models.dann import reversal_factor
 from rev2net.models.heads import Network
 from rev2net.models.imagenet import load_weights
 from rev2net.optim import Schedule, build_schedule, growing
+from rev2net.outbox import run_of
 from rev2net.progress import Profile, StepLog
 from rev2net.tracking import Tracker
 
@@ -139,7 +140,7 @@ class TrainingRun:
             active=self.ranks.first,
             resumed=state is not None,
             run_id=state.run_id if state else None,
-            facts=self._facts(),
+            facts=self._facts(fresh=state is None),
         )
         self.loaders = [train_loader(self.data, config, self.ranks, self.step)]
         if self.target is not None and config.target.dann:
@@ -181,7 +182,7 @@ class TrainingRun:
         engine.restore_loss_scale(state.loss_scale)
         return engine, state
 
-    def _facts(self) -> dict[str, str]:
+    def _facts(self, *, fresh: bool) -> dict[str, str]:
         """What `rev2net report` wants to know beside the configuration."""
         data, target = self.config.data, self.config.target
         facts = {"train.steps": str(self.total)}
@@ -189,6 +190,10 @@ class TrainingRun:
             if found is not None:
                 told = counts(found, section.train_split, section.val_split)
                 facts |= {f"{name}.{key}": value for key, value in told.items()}
+        start = self.config.init_from
+        if fresh and start is not None and not Path(start).is_file():
+            weights = checkpoint.find(start)
+            facts["init_from.run"] = str(run_of(weights, checkpoint.read_state(weights).run_id))
         return facts
 
     def _announce(self, resumed: Path | None) -> None:
