@@ -18,14 +18,14 @@ from rev2net.models.heads import Network
 def confusion_matrix(counts: npt.NDArray[np.int64], classes: tuple[str, ...], title: str) -> Figure:
     """Rows are true classes, colours are shares of the row; counts are written where there is room."""
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    side = min(16.0, max(5.0, 0.35 * len(classes) + 2.5))
+    side = min(12.5, max(5.0, 0.35 * len(classes) + 2.5))
     # Not through pyplot, which would keep every figure of a long run.
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="none")
     axes.set(title=title, xlabel="predicted", ylabel="true")
     if len(classes) <= 120:
-        size = 10 if len(classes) <= 60 else 6
+        size = 10 if len(classes) <= 60 else 5.5
         # A class may be called anything, $ for a formula included.
         axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=size, parse_math=False)
         axes.set_yticks(range(len(classes)), classes, fontsize=size, parse_math=False)
@@ -52,7 +52,7 @@ def learning_curves(panels: Mapping[str, Mapping[tuple[str, int], Curve]]) -> Fi
     """A panel for each quantity, a line for each (seed, split): the colour is the seed, the dashes are the split."""
     lines = sorted({line for curves in panels.values() for line in curves})
     seeds = sorted({seed for seed, _ in lines})
-    figure = Figure(figsize=(3.6 * len(panels), 3.0 + 0.2 * -(-len(lines) // 3)), layout="constrained")
+    figure = Figure(figsize=(3.0 * len(panels), 2.6 + 0.2 * -(-len(lines) // 3)), layout="constrained")
     shown = {}
     for (title, curves), axes in zip(panels.items(), figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         for (seed, split), curve in curves.items():
