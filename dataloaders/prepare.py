@@ -119,13 +119,14 @@ def prepare(
         write_atomically(plan_file, json.dumps(_plan(good, listing.splits, work, settings)).encode())
     plan: dict[str, list[list[str]]] = json.loads(plan_file.read_bytes())
     records = _pack(plan, out)
-    write_manifest(out, _manifest(listing, settings, identity, records))
+    quarantined = read_quarantine(out)
+    write_manifest(out, _manifest(listing, settings, identity, records, quarantined))
     for stray in out.glob("*.tmp"):
         stray.unlink()
     shutil.rmtree(work, ignore_errors=True)
     return PrepareReport(
         prepared={split: sum(map(len, shards)) for split, shards in plan.items()},
-        quarantined=read_quarantine(out),
+        quarantined=quarantined,
         finished=True,
     )
 
@@ -398,12 +399,19 @@ def _manifest(
     settings: PrepareSettings,
     identity: Mapping[str, Any],
     records: Mapping[str, list[dict[str, Any]]],
+    quarantined: Sequence[BadClip],
 ) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
     splits: dict[str, Any] = {}
+    missing, bad = (Counter(entry.split for entry in entries) for entries in (listing.missing, quarantined))
     for split, packed in records.items():
         entries = [record["entry"] for record in packed]
-        splits[split] = {"samples": sum(entry["samples"] for entry in entries), "shards": entries}
+        splits[split] = {
+            "samples": sum(entry["samples"] for entry in entries),
+            "missing": missing[split],
+            "quarantined": bad[split],
+            "shards": entries,
+        }
         for record in packed:
             sizes.update(record["sizes"])
     scale = settings.flow_scale

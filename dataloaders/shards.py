@@ -239,6 +239,13 @@ class DataSet:
         """Number of samples of a split; UserError for an unknown split."""
         return sum(shard.samples for shard in self.shards(split))
 
+    def left_out(self, split: str) -> dict[str, int]:
+        """How many videos of a split were listed and are not in it: `missing` on the disk, `quarantined` because they
+        do not decode. Empty in a data set that was prepared before these were counted.
+        """
+        entry = self.manifest["splits"][split]
+        return {name: int(entry[name]) for name in ("missing", "quarantined") if name in entry}
+
     def fingerprint(self) -> str:
         """Hash of the manifest, which holds the hash of every shard."""
         return self._fingerprint

@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     _mount(commands, "splits", "test a run for each official split, and their mean", "rev2net.eval_cli", "splits")
     _mount(commands, "predict", "what videos show", "rev2net.predict", "predict")
     _mount(commands, "export", "the test-time network as .pt2 or .onnx", "rev2net.export", "export")
+    _mount(commands, "report", "the paper's tables from MLflow runs", "rev2net.report_cli", "report")
     bench = commands.add_parser("bench", help="measure parts of the system on this machine")
     parts = bench.add_subparsers(dest="part", required=True, metavar="PART", parser_class=_Parser)
     _mount(parts, "loader", "clips/s of each decoding backend", "dataloaders.bench", "bench")

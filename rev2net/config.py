@@ -202,6 +202,7 @@ class TrackingConfig(Section):
 
     experiment: str = "rev2net"
     run_name: str | None = None
+    cell: str | None = Field(None, description="cell of configs/tables.yaml that the run fills, for `rev2net report`")
     uri: str | None = Field(None, description="null = MLFLOW_TRACKING_URI, else sqlite in the output's parent folder")
     enabled: bool = True
 

@@ -74,6 +74,17 @@ def _check_flow(data: DataSet, config: Config, *, learned: bool) -> None:
         )
 
 
+def counts(data: DataSet, train_split: str, val_split: str) -> dict[str, str]:
+    """What a report of a training says of its data: the manifest's hash as `fingerprint`, and of `train` and `val`
+    how many `videos` are used, `missing` and `quarantined`.
+    """
+    found = {"fingerprint": data.fingerprint()}
+    for name, split in (("train", train_split), ("val", val_split)):
+        numbers = {"videos": data.num_samples(split), **data.left_out(split)}
+        found |= {f"{name}.{kind}": str(number) for kind, number in numbers.items()}
+    return found
+
+
 def clip_shape(config: Config) -> ClipShape:
     """The configured clip."""
     data = config.data

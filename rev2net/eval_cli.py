@@ -17,9 +17,11 @@ if TYPE_CHECKING:  # torch takes seconds, which a mistyped command should not
     from torch import nn
 
     from dataloaders.shards import DataSet
+    from rev2net.checkpoint import RunState
     from rev2net.config import Config
     from rev2net.distributed import Ranks
     from rev2net.evaluate import Metrics
+    from rev2net.evaluation_log import EvaluationLog
 
 _EVAL = """Accuracy of a checkpoint's test-time network (the encoder alone). Every video counts exactly once.
 
@@ -28,6 +30,7 @@ examples:
   rev2net eval runs/demo/checkpoints/step-00000300 data --views 10x3 --split val
   rev2net eval runs/i3d-rgb data --fuse runs/i3d-flow         two streams: the mean of their softmax scores
   rev2net eval runs/demo data --backwards --json scores.json
+  rev2net eval runs/i3d-rgb data --fuse runs/i3d-flow --log   kept in MLflow, for `rev2net report`
 """
 
 _SPLITS = """Accuracy of several runs, each on the validation split that it was trained beside, and the mean: the
@@ -35,7 +38,7 @@ protocol of UCF101 and HMDB51, whose results are means over three official split
 
 examples:
   rev2net splits runs/ucf101/tsn-rgb-1 runs/ucf101/tsn-rgb-2 runs/ucf101/tsn-rgb-3
-  rev2net splits runs/ucf101/tsn-rgb-{1,2,3} --fuse runs/ucf101/tsn-flow-{1,2,3}
+  rev2net splits runs/ucf101/tsn-rgb-{1,2,3} --fuse runs/ucf101/tsn-flow-{1,2,3} --log
 """
 
 
@@ -70,6 +73,7 @@ def _add_protocol(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="clips of one forward pass")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--backend", choices=("auto", "dali", "pyav"), default="auto")
+    parser.add_argument("--log", action="store_true", help="keep the result in the trainings' MLflow store")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class _Stream:
     checkpoint: Path
     network: nn.Module
     config: Config
-    classes: tuple[str, ...]
+    state: RunState
 
     @classmethod
     def load(cls, path: str, args: argparse.Namespace, ranks: Ranks) -> _Stream:
@@ -100,13 +104,14 @@ class _Stream:
             "loader": config.loader.model_copy(update={"backend": args.backend}),
             "train": config.train.model_copy(update={"precision": args.precision}),
         }
-        return cls(found, for_testing(network, ranks.device), config.model_copy(update=updates), state.classes)
+        return cls(found, for_testing(network, ranks.device), config.model_copy(update=updates), state)
 
     def check(self, data: DataSet) -> None:
         """UserError where the data set has other classes, or lacks the stream that the network sees."""
-        if data.classes != self.classes:
+        known = self.state.classes
+        if data.classes != known:
             raise UserError(
-                f"{self.checkpoint} knows {len(self.classes)} classes ({', '.join(self.classes[:3])}, ...) and "
+                f"{self.checkpoint} knows {len(known)} classes ({', '.join(known[:3])}, ...) and "
                 f"{data.location} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...): evaluate on data "
                 "prepared with the same classes"
             )
@@ -125,15 +130,22 @@ def _test(streams: Sequence[_Stream], data: DataSet, split: str, ranks: Ranks, *
     data.shards(split)
     first, *others = streams
     for other in others:
-        if other.classes != first.classes:
+        ours, theirs = first.state.classes, other.state.classes
+        if theirs != ours:
             raise UserError(
-                f"{first.checkpoint} knows {len(first.classes)} classes and {other.checkpoint} {len(other.classes)}, "
-                f"which differ in {a_difference(first.classes, other.classes)!r}: fuse streams of the same classes"
+                f"{first.checkpoint} knows {len(ours)} classes and {other.checkpoint} {len(theirs)}, "
+                f"which differ in {a_difference(ours, theirs)!r}: fuse streams of the same classes"
             )
     for stream in streams:
         stream.check(data)
     scores = [split_scores(s.network, data, split, s.config, ranks, backwards=backwards) for s in streams]
     return metrics(scores[0] if not others else fuse(*scores), len(data.classes))
+
+
+def _open_log(streams: Sequence[_Stream], data: DataSet, split: str) -> EvaluationLog:
+    from rev2net.evaluation_log import EvaluationLog
+
+    return EvaluationLog([(stream.checkpoint, stream.config, stream.state) for stream in streams], data, split)
 
 
 def _ranks() -> Ranks:
@@ -150,9 +162,12 @@ def run_eval(args: argparse.Namespace) -> int:
     from dataloaders.shards import DataSet
     from rev2net import pictures
 
+    if args.log and args.backwards:
+        raise UserError("--backwards is no test that is logged: leave it out, or --log")
     ranks = _ranks()
     streams = [_Stream.load(path, args, ranks) for path in (args.checkpoint, args.fuse) if path is not None]
     data = DataSet.open(args.data)
+    kept = _open_log(streams, data, args.split) if args.log else None
     result = _test(streams, data, args.split, ranks, backwards=args.backwards)
     if not ranks.first:
         return 0
@@ -172,11 +187,12 @@ def run_eval(args: argparse.Namespace) -> int:
             **values,
             "videos": result.videos,
             "failed": {str(k): v for k, v in result.failed.items()},
-            "classes": data.classes,
-            "confusion": result.confusion.tolist(),
+            **result.matrix(data.classes),
         }
         text = json.dumps(tree)
         print(text) if args.json == "-" else Path(args.json).write_text(text)
+    if kept is not None:
+        print(f"kept in MLflow at {kept.uri} as the run {kept.write(result)}", file=where)
     return 0
 
 
@@ -194,10 +210,14 @@ def run_splits(args: argparse.Namespace) -> int:
     for paths in zip(args.checkpoints, seconds, strict=True):
         streams = [_Stream.load(path, args, ranks) for path in paths if path is not None]
         config = streams[0].config
-        result = _test(streams, DataSet.open(config.data.path), config.data.val_split, ranks)
+        data, split = DataSet.open(config.data.path), config.data.val_split
+        kept = _open_log(streams, data, split) if args.log else None
+        result = _test(streams, data, split, ranks)
         top1.append(result.top1)
         if ranks.first:
             print(f"{paths[0]:<40} {config.data.path:<30} top1 {result.top1:>7.1%} of {result.videos} videos")
+            if kept is not None:
+                print(f"kept in MLflow at {kept.uri} as the run {kept.write(result)}")
     if ranks.first:
         spread = f" +- {stdev(top1):.1%}" if len(top1) > 1 else ""
         print(f"mean of {len(top1)} splits: top1 {mean(top1):.1%}{spread}")

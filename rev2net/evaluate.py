@@ -6,8 +6,9 @@ A video that cannot be decoded is not left out: it counts as wrong, and is liste
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +87,10 @@ class Metrics:
     def named(self, prefix: str = "") -> dict[str, float]:
         """The three accuracies by name, after `prefix`."""
         return {f"{prefix}{name}": getattr(self, name) for name in ("top1", "top5", "mean_class")}
+
+    def matrix(self, classes: Sequence[str]) -> dict[str, Any]:
+        """The confusion matrix with its classes' names, for JSON."""
+        return {"classes": list(classes), "confusion": self.confusion.tolist()}
 
 
 def for_testing(network: nn.Module, device: torch.device) -> nn.Module:

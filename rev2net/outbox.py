@@ -91,6 +91,17 @@ class Outbox:
             write_atomically(self._mark, json.dumps({"run": self.run, "arrived": self._arrived}).encode())
 
 
+def run_of(checkpoint: Path, saved: str | None) -> str | None:
+    """The MLflow run of the training that wrote a checkpoint; None where it had none.
+
+    Args:
+        saved: what the checkpoint knows of it. The run's folder knows better: a server may have been away.
+    """
+    mark = checkpoint.parent.parent / "outbox.json"
+    run = _json(mark.read_bytes()).get("run") if mark.exists() else None
+    return str(run[1]) if run else saved
+
+
 def _json(data: bytes) -> dict[str, Any]:
     """What a disk that failed has left of a line: nothing, if it cannot be read."""
     try:

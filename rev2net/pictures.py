@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,15 +18,17 @@ from rev2net.models.heads import Network
 def confusion_matrix(counts: npt.NDArray[np.int64], classes: tuple[str, ...], title: str) -> Figure:
     """Rows are true classes, colours are shares of the row; counts are written where there is room."""
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    side = min(16.0, max(5.0, 0.35 * len(classes) + 2.5))
+    side = min(12.5, max(5.0, 0.35 * len(classes) + 2.5))
     # Not through pyplot, which would keep every figure of a long run.
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="none")
     axes.set(title=title, xlabel="predicted", ylabel="true")
-    if len(classes) <= 60:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= 120:
+        size = 10 if len(classes) <= 60 else 5.5
+        # A class may be called anything, $ for a formula included.
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=size, parse_math=False)
+        axes.set_yticks(range(len(classes)), classes, fontsize=size, parse_math=False)
     if len(classes) <= 20:
         for (row, column), count in np.ndenumerate(counts):
             if count:
@@ -32,6 +36,45 @@ def confusion_matrix(counts: npt.NDArray[np.int64], classes: tuple[str, ...], ti
                 axes.text(column, row, str(count), ha="center", va="center", color=colour)
     figure.colorbar(image, shrink=0.7, label="share of the class")
     return figure
+
+
+Curve = Sequence[tuple[int, float]]
+"""Step and value, in the order of the steps."""
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's, which the colour-blind can tell apart."""
+
+_POINTS = 200
+"""A curve with more is drawn as so many means of equal parts."""
+
+
+def learning_curves(panels: Mapping[str, Mapping[tuple[str, int], Curve]]) -> Figure:
+    """A panel for each quantity, a line for each (seed, split): the colour is the seed, the dashes are the split."""
+    lines = sorted({line for curves in panels.values() for line in curves})
+    seeds = sorted({seed for seed, _ in lines})
+    figure = Figure(figsize=(3.0 * len(panels), 2.6 + 0.2 * -(-len(lines) // 3)), layout="constrained")
+    shown = {}
+    for (title, curves), axes in zip(panels.items(), figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        for (seed, split), curve in curves.items():
+            points = _thinned([(step, value) for step, value in curve if np.isfinite(value)])
+            (shown[seed, split],) = axes.plot(
+                *np.array(points).reshape(-1, 2).T,
+                color=_COLOURS[seeds.index(seed) % len(_COLOURS)],
+                linestyle=("-", "--", ":")[(split - 1) % 3],
+                marker="o" if len(points) < 20 else None,
+                markersize=3,
+            )
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+    names = [f"seed {seed}, split {split}" for seed, split in lines]
+    figure.legend([shown[line] for line in lines], names, loc="outside lower left", ncols=3, frameon=False)
+    return figure
+
+
+def _thinned(curve: Curve) -> Curve:
+    if len(curve) <= _POINTS:
+        return curve
+    return [tuple(np.mean(part, axis=0)) for part in np.array_split(np.array(curve), _POINTS)]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import platform
@@ -17,6 +18,7 @@ from typing import Any
 
 from rev2net.config import Config
 from rev2net.outbox import Outbox, Row
+from rev2net.store import CHANGED
 
 log = logging.getLogger("rev2net")
 
@@ -48,9 +50,18 @@ class Tracker:
         active: whether this process is the one that logs.
         resumed: the training goes on from a checkpoint.
         run_id: the run that the checkpoint was in, where the output folder does not know it.
+        facts: parameters that the configuration does not say.
     """
 
-    def __init__(self, config: Config, *, active: bool, resumed: bool = False, run_id: str | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        active: bool,
+        resumed: bool = False,
+        run_id: str | None = None,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
         self.uri = tracking_uri(config)
         self._config = config
         self._active = active and config.tracking.enabled
@@ -68,9 +79,12 @@ class Tracker:
             self.run_id = known if uri == self.uri else None
         for row in self._outbox.rows:
             self._last |= dict.fromkeys(row.get("values", ()), row.get("step", 0))
+        params = {key: value[:500] for key, value in {**config.flat(), **(facts or {})}.items()}
         if not self._outbox.rows:
-            self._put({"params": {key: value[:500] for key, value in config.flat().items()}})
+            self._put({"params": params})
             self._put({"text": config.yaml(), "name": "config.yaml"})
+        elif changed := params.items() - self._told().items():
+            self._put({"changed": dict(sorted(changed))})  # MLflow's own parameters cannot change
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         # MLflow's own patience is minutes; the thread has its own.
@@ -90,6 +104,12 @@ class Tracker:
         """Save a matplotlib figure in the run's folder, and log it."""
         if self._active:
             figure.savefig(Path(self._config.output) / name)
+            self._put({"file": name})
+
+    def json(self, tree: Any, name: str) -> None:
+        """Save a tree in the run's folder as JSON, and log it."""
+        if self._active:
+            (Path(self._config.output) / name).write_text(json.dumps(tree))
             self._put({"file": name})
 
     def flush(self) -> None:
@@ -139,6 +159,13 @@ class Tracker:
                 self._config.output,
             )
 
+    def _told(self) -> dict[str, str]:
+        """The parameters of the start before this one."""
+        told: dict[str, str] = {}
+        for row in self._outbox.rows:
+            told |= {**row.get("params", {}), **row.get("changed", {})}
+        return told
+
     def _put(self, row: Row) -> None:
         if not self._active:
             return
@@ -181,7 +208,7 @@ class Tracker:
                 self._changed.notify_all()
 
     def _send(self, row: Row) -> None:
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Metric, Param, RunTag
 
         if "status" in row:
             if len(self._outbox) == 1:  # else it is that of an earlier start
@@ -189,6 +216,9 @@ class Tracker:
         elif "params" in row:
             params = [Param(key, value) for key, value in row["params"].items()]
             self._client.log_batch(self.run_id, params=params)
+        elif "changed" in row:
+            tags = [RunTag(CHANGED + key, value) for key, value in row["changed"].items()]
+            self._client.log_batch(self.run_id, tags=tags)
         elif "text" in row:
             self._client.log_text(self.run_id, row["text"], row["name"])
         elif "file" in row:

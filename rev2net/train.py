@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from dataloaders.keyed import hash64
 from dataloaders.shards import DataSet
 from rev2net import checkpoint, pictures, snapshot
 from rev2net.config import Config, to_steps
-from rev2net.data import eval_loader, open_data, open_target, train_loader
+from rev2net.data import counts, eval_loader, open_data, open_target, train_loader
 from rev2net.distributed import Ranks, join, limit_collectives, read_ranks
 from rev2net.engine import Engine, build_engine, conv3d_warning, micro_batches
 from rev2net.evaluate import Metrics, decoder_errors, evaluate_split, for_testing
@@ -32,6 +32,7 @@ from rev2net.models.dann import reversal_factor
 from rev2net.models.heads import Network
 from rev2net.models.imagenet import load_weights
 from rev2net.optim import Schedule, build_schedule, growing
+from rev2net.outbox import run_of
 from rev2net.progress import Profile, StepLog
 from rev2net.tracking import Tracker
 
@@ -139,6 +140,7 @@ class TrainingRun:
             active=self.ranks.first,
             resumed=state is not None,
             run_id=state.run_id if state else None,
+            facts=self._facts(fresh=state is None),
         )
         self.loaders = [train_loader(self.data, config, self.ranks, self.step)]
         if self.target is not None and config.target.dann:
@@ -179,6 +181,20 @@ class TrainingRun:
         snapshot.restore_optimizer(engine, checkpoint.read_tensors(resumed, "optimizer"), state.updates)
         engine.restore_loss_scale(state.loss_scale)
         return engine, state
+
+    def _facts(self, *, fresh: bool) -> dict[str, str]:
+        """What `rev2net report` wants to know beside the configuration."""
+        data, target = self.config.data, self.config.target
+        facts = {"train.steps": str(self.total)}
+        for name, found, section in (("data", self.data, data), ("target", self.target, target)):
+            if found is not None:
+                told = counts(found, section.train_split, section.val_split)
+                facts |= {f"{name}.{key}": value for key, value in told.items()}
+        start = self.config.init_from
+        if fresh and start is not None and not Path(start).is_file():
+            weights = checkpoint.find(start)
+            facts["init_from.run"] = str(run_of(weights, checkpoint.read_state(weights).run_id))
+        return facts
 
     def _announce(self, resumed: Path | None) -> None:
         log.info(
@@ -361,10 +377,10 @@ class TrainingRun:
         network = build_network(without_imagenet(self.config), len(self.data.classes))
         network.load_state_dict(weights)
         for_testing(network, self.ranks.device)
-        accuracy = self._accuracy(network, self.data, self.config.data.val_split)
-        values = accuracy.named("val/")
+        accuracy = {"val": self._accuracy(network, self.data, self.config.data.val_split)}
         if self.target is not None:
-            values |= self._accuracy(network, self.target, self.config.target.val_split).named("target/")
+            accuracy["target"] = self._accuracy(network, self.target, self.config.target.val_split)
+        values = {key: value for name, found in accuracy.items() for key, value in found.named(f"{name}/").items()}
         if self.config.decoders:
             split = self.config.data.val_split
             loader = eval_loader(self.data, split, self.config, self.ranks, "1x1", for_decoders=True)
@@ -390,11 +406,14 @@ class TrainingRun:
             yield batch
         self.heart.beat("waits for the other ranks' part of the evaluation")
 
-    def _draw(self, network: Network, accuracy: Metrics) -> None:
+    def _draw(self, network: Network, accuracy: Mapping[str, Metrics]) -> None:
         if not self.ranks.first:
             return
-        title = f"step {self.step}: top-1 {accuracy.top1:.1%} of {accuracy.videos} videos"
-        figure = pictures.confusion_matrix(accuracy.confusion, self.data.classes, title)
+        for name, found in accuracy.items():
+            self.tracker.json(found.matrix(self.data.classes), f"confusion_{name}.json")
+        own = accuracy["val"]
+        title = f"step {self.step}: top-1 {own.top1:.1%} of {own.videos} videos"
+        figure = pictures.confusion_matrix(own.confusion, self.data.classes, title)
         self.tracker.figure(figure, "confusion_matrix.png")
         if self.config.decoders:
             alone = Ranks(rank=0, world_size=1, local_rank=0, device=self.ranks.device)

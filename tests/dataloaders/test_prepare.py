@@ -217,6 +217,9 @@ def test_p8_a_bad_file_is_quarantined_with_its_reason(tmp_path: Path, capsys: py
     assert [(row["file"], row["reason"][:12]) for row in rows] == [("run/bad.mp4", "Invalid data")]
     data = DataSet.open(tmp_path / "out")
     assert sum(map(data.num_samples, data.splits)) == 6
+    of_split = {entry["split"]: 1 for entry in rows}
+    for split in data.splits:
+        assert data.left_out(split) == {"missing": 0, "quarantined": of_split.get(split, 0)}
 
 
 def test_listed_files_that_are_not_there_are_counted_and_named(
@@ -234,6 +237,7 @@ def test_listed_files_that_are_not_there_are_counted_and_named(
         assert "2 clips (train 2)" in captured.out and "1 missing, 0 quarantined" in captured.out
         assert "1 listed clips are not on the disk" in captured.err
     assert (tmp_path / "out/missing.txt").read_text() == "run/gone.mp4\n"
+    assert DataSet.open(tmp_path / "out").left_out("train") == {"missing": 1, "quarantined": 0}
 
 
 def test_p8_more_bad_files_than_allowed_fail_and_keep_what_is_good(

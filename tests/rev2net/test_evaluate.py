@@ -220,7 +220,7 @@ def png_size(figure: Figure) -> tuple[int, int]:
     return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
 
 
-@pytest.mark.parametrize("classes", [2, 60, 400])
+@pytest.mark.parametrize("classes", [2, 60, 101, 400])
 def test_the_confusion_matrix_is_drawn_for_any_number_of_classes(classes: int) -> None:
     counts = np.random.default_rng(0).integers(0, 5, (classes, classes))
     counts[0] = 0  # a class without a video
@@ -234,7 +234,24 @@ def test_the_confusion_matrix_is_drawn_for_any_number_of_classes(classes: int) -
     assert float(shares[0].sum()) == 0 and float(shares[1].sum()) == pytest.approx(1)
     written = {text.get_text() for text in axes.texts}
     assert written == ({str(c) for c in counts[1] if c} if classes == 2 else set())
-    assert ("class 1" in [label.get_text() for label in axes.get_yticklabels()]) == (classes <= 60)
+    assert ("class 1" in [label.get_text() for label in axes.get_yticklabels()]) == (classes <= 101)
+
+
+def test_learning_curves_have_a_colour_for_each_seed_and_dashes_for_each_split() -> None:
+    long = [(step, float(step % 2)) for step in range(10_000)]
+    curves = {(seed, split): long for seed in ("0", "7") for split in (1, 2)}
+    curves["7", 2] = [(1, float("nan")), (2, 0.5)]
+    figure = pictures.learning_curves({"loss": curves, "top-1": {("0", 1): [(10, 0.5)]}})
+    first, second = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "top-1"]
+    a, b, c, d = first.lines
+    assert a.get_color() == b.get_color() != c.get_color() == d.get_color()
+    assert a.get_linestyle() == c.get_linestyle() != b.get_linestyle() == d.get_linestyle()
+    # Means of parts: fewer points, the same mean.
+    assert len(a.get_xdata()) == 200 and np.mean(a.get_ydata()) == pytest.approx(0.5, abs=0.01)
+    assert list(d.get_xdata()) == [2] and list(second.lines[0].get_ydata()) == [0.5]
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ["seed 0, split 1", "seed 0, split 2", "seed 7, split 1", "seed 7, split 2"]
 
 
 @pytest.mark.parametrize(

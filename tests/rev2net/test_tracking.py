@@ -92,6 +92,24 @@ def test_another_store_or_a_run_that_is_gone_gets_the_whole_history(tmp_path: Pa
     assert history(other) == [[(1, 1.0), (2, 2.0), (3, 3.0)]]
 
 
+def test_what_a_resume_changes_in_the_configuration_is_a_tag(tmp_path: Path) -> None:
+    config = configuration(tmp_path)
+    with Tracker(config, active=True, facts={"train.steps": "240"}) as tracker:
+        pass
+    longer = load_config("configs/demo.yaml", [f"output={tmp_path}/run", "data.path=nowhere", "train.duration=5steps"])
+    for _ in range(2):
+        with Tracker(longer, active=True, resumed=True, facts={"train.steps": "5"}):
+            pass
+    Tracker(longer, active=True, resumed=True).close()
+    assert tracker.run_id is not None
+    run = MlflowClient(tracker.uri).get_run(tracker.run_id)
+    changed = {key: value for key, value in run.data.tags.items() if key.startswith("changed.")}
+    assert changed == {"changed.train.duration": "5steps", "changed.train.steps": "5"}
+    assert run.data.params["train.duration"] == "240steps" and run.data.params["train.steps"] == "240"
+    rows = (tmp_path / "run" / "outbox.jsonl").read_text().splitlines()
+    assert sum('"changed"' in row for row in rows) == 1
+
+
 def test_a_new_training_in_the_same_folder_starts_an_empty_run(tmp_path: Path) -> None:
     for _ in range(2):
         with Tracker(configuration(tmp_path), active=True) as tracker:

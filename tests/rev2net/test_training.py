@@ -247,9 +247,12 @@ def test_init_from_replaces_the_head_only(trained: Trained, tiny_data: Path, tmp
     config = load_config(
         "configs/demo.yaml",
         [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/ft", f"init_from={trained.output}",
-         "train.duration=1steps", "optim.lr=1e-12", "optim.weight_decay=0", "tracking.enabled=false"],
+         "train.duration=1steps", "optim.lr=1e-12", "optim.weight_decay=0"],
     )  # fmt: skip
-    train(config)
+    result = train(config)
+    assert result.run_id is not None
+    params = MlflowClient(result.tracking_uri).get_run(result.run_id).data.params
+    assert params["init_from.run"] == json.loads((trained.output / "result.json").read_text())["run_id"]
     source = checkpoint.read_tensors(checkpoint.find(trained.output), "weights")
     tuned = checkpoint.read_tensors(checkpoint.find(tmp_path / "ft"), "weights")
     torch.testing.assert_close(tuned["encoder.Mixed_4b.b0.conv3d.weight"], source["encoder.Mixed_4b.b0.conv3d.weight"])

@@ -1,0 +1,479 @@
+"""`rev2net report`: what fills a cell, what does not and why, on real MLflow stores."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+import yaml
+from mlflow.entities import Metric, Param
+from mlflow.tracking import MlflowClient
+from mlflow_server import MlflowServer
+from tiny import TINY
+
+from rev2net.cli import main
+from rev2net.config import load_config
+from rev2net.report import CONFIGS, Cell, Report, read_report
+from rev2net.store import TESTS, reading
+
+NASTY = "<script>document.title='broken'</script> | `x` [a](b) \x1b[31m"
+COMMIT = "0123456789abcdef"
+
+
+class Runs:
+    """Writes runs as trainings and tests do, one a second later than the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "mlflow.db"
+        self.uri = f"sqlite:///{self.file}"
+        self.client = MlflowClient(self.uri)
+        self.experiment = self.client.create_experiment("cells", (folder / "mlartifacts").as_uri())
+        self._clock = 1_790_000_000_000
+
+    def run(
+        self,
+        *,
+        name: str = "a run",
+        tags: Mapping[str, str] | None = None,
+        params: Mapping[str, str] | None = None,
+        metrics: Sequence[tuple[str, float, int]] = (),
+        status: str = "FINISHED",
+    ) -> str:
+        self._clock += 1000
+        made = self.client.create_run(self.experiment, self._clock, dict(tags or {}), name)
+        run_id = str(made.info.run_id)
+        self.client.log_batch(
+            run_id,
+            metrics=[Metric(key, value, self._clock, step) for key, value, step in metrics],
+            params=[Param(key, value) for key, value in (params or {}).items()],
+        )
+        if status != "RUNNING":
+            self.client.set_terminated(run_id, status)
+        return run_id
+
+    def training(
+        self,
+        cell: str,
+        top1: float = 0.5,
+        *,
+        seed: int = 0,
+        split: int = 1,
+        step: int = 100,
+        words: Sequence[str] = (),
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        name: str = "training",
+        status: str = "FINISHED",
+    ) -> str:
+        """One that was to have 100 steps and was last tested after `step`."""
+        config = load_config(CONFIGS / f"{cell}.yaml", [f"train.seed={seed}", f"data.split={split}", *words])
+        facts = {"train.steps": "100", "data.val.videos": "97", "data.val.missing": "2", "data.val.quarantined": "1"}
+        metric = "target/top1" if "-to-" in cell else "val/top1"
+        return self.run(
+            name=name,
+            tags={"mlflow.source.git.commit": COMMIT, **(tags or {})},
+            params={**config.flat(), **facts, **(params or {})},
+            metrics=[("loss/ce", 2.0, 10), ("loss/ce", 1.0, step), (metric, 0.1, 10), (metric, top1, step)],
+            status=status,
+        )
+
+    def test(self, *trainings: str, top1: float = 0.5, views: str = "10x3") -> str:
+        """One that --log kept."""
+        params, metrics = {"eval.views": views}, [("test/top1", top1, 0)]
+        return self.run(tags={TESTS: " ".join(trainings)}, params=params, metrics=metrics)
+
+    def confusion(self, run_id: str, name: str, classes: Sequence[str], counts: Sequence[Sequence[int]]) -> None:
+        tree = {"classes": classes, "confusion": counts}
+        self.client.log_text(run_id, json.dumps(tree), name)
+
+    def report(self) -> Report:
+        with reading(self.uri) as store:
+            return read_report(store)
+
+    def cell(self, *configs: str) -> Cell:
+        return self.report().cells[configs]
+
+    def why_not(self, run_id: str, *configs: str) -> str | None:
+        return next(r.why_not for r in self.cell(*configs).results if r.run.id == run_id)
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store's file as MLflow makes it."""
+    file = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def runs(empty: Path, tmp_path: Path) -> Runs:
+    (tmp_path / "store").mkdir()
+    shutil.copy(empty, tmp_path / "store" / "mlflow.db")
+    return Runs(tmp_path / "store")
+
+
+def test_every_configuration_says_which_cell_it_is() -> None:
+    files = [file for file in CONFIGS.glob("*/*.yaml") if file.parent.name not in ("bases", "classes", "cluster")]
+    assert len(files) == 52
+    for file in files:
+        assert load_config(file).tracking.cell == file.relative_to(CONFIGS).with_suffix("").as_posix()
+
+
+def test_a_store_without_runs_gives_the_paper_s_numbers_and_says_that_there_is_no_run(
+    empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", "--store", f"sqlite:///{empty}"]) == 0
+    text = capsys.readouterr().out
+    tables = yaml.safe_load((CONFIGS / "tables.yaml").read_text())
+    cells = [cell for table in tables.values() for row in table["rows"] for cell in row["cells"]]
+    assert f"0 of {len(cells)} cells have a number of ours." in text and "left out: 0." in text
+    assert text.count("no run  ") + len(re.findall("no run +-$", text, re.MULTILINE)) >= len(cells)
+    row = next(line for line in text.splitlines() if line.startswith("Sun-OFF") and "RGB" in line)
+    assert row.split() == ["Sun-OFF", "RGB", "93.3", "no", "run", "-", "-", "no", "run", "-"]
+    assert "trained only with the frame decoder" in text
+
+
+def test_three_seeds_on_three_splits_are_a_mean_of_means_with_the_spread_over_seeds(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accuracy = {0: (0.90, 0.91, 0.95), 1: (0.93, 0.90, 0.93), 2: (0.96, 0.94, 0.95)}
+    for seed, splits in accuracy.items():
+        for split, top1 in enumerate(splits, 1):
+            runs.training("ucf101-imagenet/rev2net", top1, seed=seed, split=split)
+    cell = runs.cell("ucf101-imagenet/rev2net")
+    # Seeds: 0.92, 0.92, 0.95. Deviations from 0.93: -1, -1, 2 percent; sqrt(6 / 2) = 1.732.
+    assert cell.value == pytest.approx(0.93) and cell.spread == (pytest.approx(0.0173205, abs=1e-6), "seeds")
+    assert (cell.seeds, cell.splits, len(cell.counted), cell.deviates) == (3, 3, 9, False)
+    assert main(["report", "--store", runs.uri]) == 0
+    text = capsys.readouterr().out
+    row = next(line for line in text.splitlines() if line.startswith("Rev2Net (ours)"))
+    assert re.split("  +", row)[2:5] == ["94.6", "93.0 ± 1.7 (3 seeds)", "-1.6"]
+    # Each split's test videos, by the three trainings on it.
+    for split in (1, 2, 3):
+        assert re.search(rf"^UCF101 +{split} +test +97 +2 +1 +97.00 % +3$", text, re.MULTILINE)
+    assert all(r.run.id in text for r in cell.results) and COMMIT[:12] in text
+
+
+def test_one_seed_has_its_spread_over_splits_and_missing_splits_are_told(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, top1 in enumerate((0.5, 0.6, 0.7), 1):
+        runs.training("hmdb51-imagenet/tsn-rgb", top1, split=split)
+    runs.training("hmdb51-imagenet/i3d-rgb", 0.4, split=2)
+    runs.training("kinetics400/i3d-rgb", 0.7111)
+    assert main(["report", "--store", runs.uri]) == 0
+    text = capsys.readouterr().out
+    for number in ("60.0 ± 10.0 over splits (1 seed) ", "40.0 (1 seed, 1 of 3 splits) ", "71.1 (1 seed)  +0.0"):
+        assert number in text
+    cell = runs.cell("hmdb51-imagenet/tsn-rgb")
+    assert cell.spread == (pytest.approx(stdev([0.5, 0.6, 0.7])), "splits")
+
+
+def test_a_seed_with_fewer_splits_than_another_does_not_enter(runs: Runs) -> None:
+    for split in (1, 2, 3):
+        runs.training("hmdb51-imagenet/tsn-rgb", 0.5 + split / 100, split=split)
+    short = runs.training("hmdb51-imagenet/tsn-rgb", 0.9, seed=1)
+    assert runs.cell("hmdb51-imagenet/tsn-rgb").value == pytest.approx(0.52)
+    assert runs.why_not(short, "hmdb51-imagenet/tsn-rgb") == "seed 1 has 1 of the 3 splits that another seed has"
+
+
+def test_what_did_not_come_to_a_good_end_is_named_and_never_averaged(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"status": "FAILED"}, "it is FAILED"),
+        ({"status": "RUNNING"}, "it is RUNNING"),
+        ({"status": "KILLED"}, "it is KILLED"),
+        ({"step": 60}, "it was stopped: no val/top1 after step 100"),  # preempted: FINISHED all the same
+        ({"top1": float("nan")}, "its val/top1 is nan"),
+        ({"top1": 37.0}, "its val/top1 is 37"),
+        ({"params": {"train.seed": "abc"}}, "its train.seed, data.split and train.steps are not all numbers"),
+        ({"params": {"train.steps": "²"}}, "its train.seed, data.split and train.steps are not all numbers"),
+        ({"split": 4}, "data.split=4 is none of this cell's"),
+    ]
+    for seed, (words, _) in enumerate(cases):
+        runs.training("ucf101-imagenet/tsn-rgb", **{"top1": 0.9, "seed": seed, **words})
+    cell = runs.cell("ucf101-imagenet/tsn-rgb")
+    assert [r.why_not for r in cell.results] == [reason for _, reason in cases] and cell.value is None
+    assert main(["report", "--store", runs.uri]) == 0
+    text = capsys.readouterr().out
+    assert "86.4           no run that counts" in text and "0 of 9 runs count." in text
+    assert "Not finished: 1 FAILED, 1 KILLED, 1 RUNNING." in text
+    assert all(f"no: {reason}" in text for _, reason in cases)
+    runs.training("ucf101-imagenet/tsn-rgb", 0.8, seed=3)
+    assert runs.cell("ucf101-imagenet/tsn-rgb").value == 0.8
+
+
+def test_runs_of_other_kinds_are_left_out_and_counted(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    good = runs.training("kinetics400/i3d-rgb", 0.7)
+    runs.run(name=NASTY, params={"train.seed": "abc", "learning rate": "x"}, metrics=[("val/top1", float("inf"), 3)])
+    runs.training("kinetics400/i3d-rgb", 0.9, seed=1, tags={"mlflow.parentRunId": good})  # of a search
+    runs.run(params={"tracking.cell": "nowhere/at-all"}, metrics=[("val/top1", 0.9, 100)])
+    runs.run(tags={TESTS: "a run that is not there"}, metrics=[("test/top1", 0.9, 0)])
+    deleted = runs.training("kinetics400/i3d-rgb", 0.9, seed=2)
+    runs.client.delete_run(deleted)
+    other = runs.client.create_experiment("another project")
+    runs.client.create_run(other, run_name="empty")
+    assert main(["report", "--store", runs.uri]) == 0
+    text = capsys.readouterr().out
+    assert "70.0 (1 seed)  -1.1" in text and "Runs of other kinds, left out: 5." in text and deleted not in text
+    assert main(["report", "--store", runs.uri, "--experiment", "cells"]) == 0
+    assert "Runs of other kinds, left out: 4." in capsys.readouterr().out
+    assert main(["report", "--store", runs.uri, "--experiment", "another project"]) == 0
+    assert "71.1             no run  -" in capsys.readouterr().out
+
+
+def test_of_two_trainings_of_one_seed_and_split_the_newer_counts(runs: Runs) -> None:
+    old, new = (runs.training("kinetics400/tsm-rgb", top1) for top1 in (0.9, 0.6))
+    runs.training("kinetics400/tsm-rgb", 0.1, status="FAILED")
+    assert runs.cell("kinetics400/tsm-rgb").value == 0.6
+    assert runs.why_not(old, "kinetics400/tsm-rgb") == f"{new} is a newer one"
+
+
+def test_a_test_under_the_configuration_s_views_takes_the_training_s_place(runs: Runs) -> None:
+    quick = runs.training("kinetics400/i3d-rgb", 0.5, words=["eval.views=1x1"])
+    assert runs.cell("kinetics400/i3d-rgb").deviates
+    runs.test(quick, top1=0.6)
+    last = runs.test(quick, top1=0.7)
+    runs.test(quick, top1=0.8, views="10x1")
+    cell = runs.cell("kinetics400/i3d-rgb")
+    assert [r.run.id for r in cell.counted] == [last] and cell.value == 0.7 and not cell.deviates
+    assert runs.why_not(quick, "kinetics400/i3d-rgb") == f"{last} counts instead"
+
+
+def test_two_streams_are_filled_by_their_own_test_alone(runs: Runs) -> None:
+    pair = ("ucf101-imagenet/rev2net", "ucf101-imagenet/i3d-flow")
+    values = {0: (0.96, 0.97, 0.98), 1: (0.98, 0.98, 0.98)}
+    trained = {}
+    for seed, splits in values.items():
+        for split, top1 in enumerate(splits, 1):
+            trained[seed, split] = [runs.training(name, 0.9, seed=seed, split=split) for name in pair]
+            # Flow first: the order does not matter.
+            runs.test(*reversed(trained[seed, split]), top1=top1)
+    cell = runs.cell(*pair)
+    assert cell.value == pytest.approx(mean([0.97, 0.98])) and cell.seeds == 2
+    assert runs.cell(pair[0]).value == pytest.approx(0.9)
+    # One stream is trained again: what tested the old one does not count any more.
+    again = runs.training(pair[1], 0.9, seed=1, split=3)
+    old = trained[1, 3]
+    lost = next(r for r in runs.cell(*pair).results if {t.id for t in r.trainings} == set(old))
+    assert lost.why_not == f"it tests {old[1]}, which does not count"
+    runs.test(old[0], again, top1=0.5, views="1x1")
+    cell = runs.cell(*pair)
+    assert cell.value == pytest.approx(mean([0.97, (0.98 + 0.98 + 0.5) / 3]))
+    assert cell.counted[-1].deviations == ("eval.views=1x1 (10x3)",)
+
+
+def test_another_domain_s_accuracy_fills_the_cells_across_data_sets(runs: Runs) -> None:
+    run_id = runs.training("ucf-to-hmdb/tsn-rgb", 0.4)
+    runs.client.log_metric(run_id, "val/top1", 0.99, step=100)
+    cell = runs.cell("ucf-to-hmdb/tsn-rgb")
+    assert cell.value == 0.4 and cell.wanted.splits == (1,)
+
+
+def test_what_deviates_from_the_configuration_is_listed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "train.duration=2epochs",
+        "output=elsewhere",
+        "data.path=/mnt/x",
+        "loader.workers=3",
+        "tracking.run_name=r",
+    ]
+    kinetics = {"init_from.run": runs.training("kinetics400/rev2net")}
+    params = {"model.imagenet": "/w.pth", "train.deepspeed.x": "1", **kinetics}
+    runs.training("ucf101-kinetics/rev2net", words=words, params=params)
+    runs.training("ucf101-kinetics/rev2net", split=2, words=["init_from=/mnt/w", "target.path=x"], params=kinetics)
+    runs.training("ucf101-kinetics/rev2net", split=3, words=["init_from=null"], tags={"changed.optim.lr": "0.5"})
+    results = runs.cell("ucf101-kinetics/rev2net").results
+    assert [r.deviations for r in results] == [
+        ("model.imagenet=a path (None)", "train.duration=2epochs (60epochs)", "train.deepspeed.x=1 (None)"),
+        ("target.path=a path (None)",),
+        ("optim.lr=0.5 (0.01)", "init_from=None (a path)"),
+    ]
+    start = {"init_from.run": runs.training("kinetics400/i3d-rgb", words=["eval.views=1x1"])}
+    runs.training("ucf101-kinetics/i3d-rgb", words=["optim.lr=7.0"], tags={"changed.optim.lr": "0.01"}, params=start)
+    only = runs.cell("ucf101-kinetics/i3d-rgb").results[0]
+    assert only.deviations == ("optim.lr=7.0 before a resume (0.01)",)
+    assert main(["report", "--store", runs.uri]) == 0
+    assert "50.0 ± 0.0 over splits (1 seed) *" in capsys.readouterr().out
+
+
+def test_weights_that_a_cell_starts_from_must_be_those_of_a_good_training_of_that_cell(runs: Runs) -> None:
+    starts = [
+        runs.training("kinetics400/stm-rgb"),
+        runs.training("kinetics400/stm-rgb", words=["train.duration=1epochs"]),
+        runs.training("kinetics400/stm-rgb", step=10),
+        runs.training("kinetics400/tsm-rgb"),
+        "None",  # a published file
+    ]
+    for seed, start in enumerate(starts):
+        runs.training("hmdb51-kinetics/stm-rgb", seed=seed, params={"init_from.run": start})
+    other = "starts from weights that no run of kinetics400/stm-rgb in this store trained"
+    bad = [f"starts from {start}, which deviates or did not come to its end" for start in starts]
+    found = [r.deviations for r in runs.cell("hmdb51-kinetics/stm-rgb").results]
+    assert found == [(), (bad[1],), (bad[2],), (other,), (other,)]
+
+
+def images(page: str) -> list[str]:
+    return [base64.b64decode(found).decode() for found in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
+
+
+def test_the_page_has_curves_and_confusion_matrices_and_nothing_of_the_data_is_read_as_html(
+    runs: Runs, tmp_path: Path
+) -> None:
+    classes = ["a$b$c", "<b>run</b>", "wave"]
+    pair = [runs.training(name, name=NASTY) for name in ("kinetics400/i3d-rgb", "kinetics400/i3d-flow")]
+    for run_id in pair:
+        runs.confusion(run_id, "confusion_val.json", classes, [[3, 1, 0], [0, 4, 0], [0, 0, 4]])
+    runs.confusion(runs.test(*pair), "confusion.json", classes, [[4, 0, 0], [0, 4, 0], [0, 0, 40]])
+    odd = runs.training("kinetics400/tsm-rgb")
+    runs.confusion(odd, "confusion_val.json", ["one"], [[1, 2], [3, 4]])
+    assert main(["report", "--store", runs.uri, "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;document.title" in page
+    assert re.findall(r"(?:src|href)=\"(?!#|data:image/svg)", page) == [] and "url(" not in page
+    drawn = images(page)
+    # Curves of three single streams, matrices of two and of the fused pair.
+    assert [sum(words in svg for svg in drawn) for words in ("cross-entropy, training", "predicted")] == [3, 3]
+    assert all("a$b$c" in svg and "&lt;b&gt;run" in svg for svg in drawn if "predicted" in svg)
+    assert "sum of 1 of 1 runs, 48 videos" in page and "artifacts are not there" in page
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert r"\<script\>" in markdown and r"\| \`x\` \[a\]" in markdown and "\x1b" not in markdown
+    # In every row as many cells as in the head.
+    for table in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_a_copy_on_another_machine_and_a_server_give_the_same_report(
+    runs: Runs, tmp_path: Path, mlflow_server: MlflowServer
+) -> None:
+    for split in (1, 2, 3):
+        run_id = runs.training("ucf101-imagenet/i3d-rgb", 0.8, split=split)
+        runs.confusion(run_id, "confusion_val.json", ["a", "b"], [[3, 1], [0, 4]])
+    before = hashlib.sha256(runs.file.read_bytes()).hexdigest()
+
+    def made(name: str, store: str) -> tuple[str, str]:
+        assert main(["report", "--store", store, "--out", str(tmp_path / name)]) == 0
+        return tuple((tmp_path / name / f"report.{kind}").read_text() for kind in ("md", "html"))  # type: ignore
+
+    markdown, page = made("here", runs.uri)
+    assert "sum of 3 of 3 runs, 24 videos" in page
+    shutil.copy(runs.file, tmp_path / "server.db")
+    mlflow_server.start()
+    assert made("server", mlflow_server.uri) == (markdown, page)
+    mlflow_server.stop()
+    shutil.move(runs.file.parent, tmp_path / "moved")
+    assert made("moved", str(tmp_path / "moved" / "mlflow.db")) == (markdown, page)
+    shutil.rmtree(tmp_path / "moved" / "mlartifacts")
+    alone, poorer = made("alone", f"sqlite:///{tmp_path}/moved/mlflow.db")
+    assert alone == markdown and "artifacts are not there" in poorer and "Learning curves" in poorer
+    assert hashlib.sha256((tmp_path / "moved" / "mlflow.db").read_bytes()).hexdigest() == before
+
+
+def test_p12_a_store_that_is_none_is_refused_and_not_made(
+    tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, empty: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for words in ([], ["--store", "sqlite:///gone.db"], ["--store", "gone.db"], ["--store", "file:///gone"]):
+        assert "there is no MLflow store at" in refused("report", *words)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+    assert "sqlite:///other.db" in refused("report")
+    with sqlite3.connect(tmp_path / "foreign.db") as other:
+        other.execute("CREATE TABLE t (x)")
+    (tmp_path / "text.db").write_text("this is no database" * 100)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert "no MLflow store" in refused("report", "--store", "foreign.db")
+    assert "cannot be read as an SQLite database" in refused("report", "--store", "text.db")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    shutil.copy(empty, tmp_path / "newer.db")
+    with sqlite3.connect(tmp_path / "newer.db") as newer:
+        newer.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+    assert "Detected out-of-date database schema (found version ffffffffffff" in refused(
+        "report", "--store", "newer.db"
+    )
+    assert "has no experiment 'x'; it has Default" in refused("report", "--store", str(empty), "--experiment", "x")
+    assert "is a file" in refused("report", "--store", str(empty), "--out", "text.db")
+    begin = time.monotonic()
+    assert "MLflow cannot read the store http://127.0.0.1:9" in refused("report", "--store", "http://127.0.0.1:9")
+    assert time.monotonic() - begin < 60, "MLflow's own patience is minutes"
+
+
+@pytest.fixture(scope="module")
+def streams(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two real trainings of two steps, RGB and flow, with the same clips as the other domain's."""
+    folder = tmp_path_factory.mktemp("streams")
+    made = []
+    for name in ("tsn-rgb", "tsn-flow"):
+        words = [word for word in TINY if not word.startswith(("data.", "model."))]
+        words += ["data.size=32", "model.imagenet=null", "model.backbone=resnet18", "train.eval_every=null"]
+        words += ["train.duration=2steps", "train.checkpoint_every=1steps", "loader.pipelines_per_gpu=1"]
+        words += ["data.segments=2", f"data.frames={2 if name == 'tsn-rgb' else 4}"]
+        words += ["loss.ddp_low_from=0", f"data.path={tiny_data}", f"target.path={tiny_data}"]
+        made.append(folder / name)
+        config = CONFIGS / "hmdb-to-ucf" / f"{name}.yaml"
+        assert main(["train", str(config), *words, f"output={folder / name}"]) == 0
+    return made
+
+
+def test_real_trainings_and_their_fused_test_fill_three_cells(
+    streams: list[Path], tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rgb, flow = map(str, streams)
+    scores = tmp_path / "scores.json"
+    words = ["eval", rgb, str(tiny_data), "--fuse", flow, "--views", "1x1", "--json", str(scores), "--log"]
+    assert main(words) == 0
+    store = f"sqlite:///{streams[0].parent}/mlflow.db"
+    kept = re.search(rf"kept in MLflow at {re.escape(store)} as the run ([0-9a-f]{{32}})", capsys.readouterr().out)
+    assert kept is not None
+    with reading(store) as opened:
+        report = read_report(opened)
+        fused = report.cells["hmdb-to-ucf/tsn-rgb", "hmdb-to-ucf/tsn-flow"]
+        test = fused.counted[0].run
+        matrix = json.loads(opened.artifact(test, "confusion.json") or b"")
+    wanted = json.loads(scores.read_text())
+    assert (test.id, fused.value) == (kept[1], wanted["top1"]) and test.metrics["test/videos"] == 8
+    assert matrix == {key: wanted[key] for key in ("classes", "confusion")}
+    for name, folder in zip(("tsn-rgb", "tsn-flow"), streams, strict=True):
+        cell = report.cells[(f"hmdb-to-ucf/{name}",)]
+        assert cell.value == json.loads((folder / "result.json").read_text())["metrics"]["target/top1"]
+        params = cell.counted[0].run.params
+        assert params["train.steps"] == "2" and params["data.train.videos"] == "16"
+        counts = [params[f"target.val.{kind}"] for kind in ("videos", "missing", "quarantined")]
+        assert counts == ["8", "0", "0"]
+        assert "train.duration=2steps (60epochs)" in cell.counted[0].deviations and "eval.views=1x1 (10x3)" in (
+            cell.counted[0].deviations
+        )
+    assert main(["report", "--store", store, "--out", str(tmp_path)]) == 0
+    assert "| test | 8 | 0 | 0 | 100.00 % |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.html").read_text().count(
+        "<figcaption>Confusion matrix, sum of 1 of 1 runs, 8 videos<"
+    ) == 3
+
+
+def test_only_the_protocol_s_tests_are_kept(
+    streams: list[Path], tiny_data: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    rgb = str(streams[0])
+    views = ("--views", "1x1", "--log")
+    early = str(streams[0] / "checkpoints" / "step-00000001")
+    assert "stands at step 1 of 2" in refused("eval", early, str(tiny_data), *views)
+    assert "is not what" in refused("eval", rgb, str(tiny_data), "--split", "train", *views)
+    assert "--backwards" in refused("eval", rgb, str(tiny_data), "--backwards", *views)
+    shutil.copytree(tiny_data, tmp_path / "other")
+    with (tmp_path / "other" / "dataset.json").open("a") as file:
+        file.write("\n")
+    assert f"which is {tiny_data}, split val" in refused("eval", rgb, str(tmp_path / "other"), *views)
+    shutil.copytree(streams[0], tmp_path / "away")
+    assert "there is no MLflow store at" in refused("eval", str(tmp_path / "away"), str(tiny_data), *views)
+    assert not (tmp_path / "mlflow.db").exists()
