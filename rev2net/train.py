@@ -172,6 +172,12 @@ class TrainingRun:
                 f"{resumed} was trained on {len(state.classes)} classes that are not those of {self.config.data.path}: "
                 "choose another output= or use init_from="
             )
+        before = state.config["data"].get("holdout", 0.0)
+        if before != self.config.data.holdout:
+            raise UserError(
+                f"{resumed} was trained with data.holdout={before}, not {self.config.data.holdout}: it would be tested "
+                f"on clips that it has learned; choose another output= or set data.holdout={before}"
+            )
         checkpoint.load_weights(network, resumed)
         if state.world_size == self.ranks.world_size:
             snapshot.restore_buffers(network, checkpoint.read_tensors(resumed, "buffers"), self.ranks)
@@ -351,7 +357,7 @@ class TrainingRun:
             self.evaluate()
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy of the test-time network, and the decoders' errors, on the validation split.
+        """Accuracy of the test-time network, and the decoders' errors, on the validation split (or what is held out).
 
         They are kept in the checkpoint of this step. A collective.
         """
@@ -360,12 +366,12 @@ class TrainingRun:
         network = build_network(without_imagenet(self.config), len(self.data.classes))
         network.load_state_dict(weights)
         for_testing(network, self.ranks.device)
-        accuracy = self._accuracy(network, self.data, self.config.data.val_split)
-        values = accuracy.named("val/")
-        if self.target is not None:
+        accuracy = self._accuracy(network, self.data, self.config.data.eval_split)
+        values = accuracy.named("val/") | {"val/cross_entropy": accuracy.cross_entropy}
+        if self.target is not None and not self.config.data.holdout:  # what chooses settings sees no test clip
             values |= self._accuracy(network, self.target, self.config.target.val_split).named("target/")
         if self.config.decoders:
-            split = self.config.data.val_split
+            split = self.config.data.eval_split
             loader = eval_loader(self.data, split, self.config, self.ranks, "1x1", for_decoders=True)
             batches = self._watched(loader)
             errors = decoder_errors(network, batches, ranks=self.ranks, precision=self.config.train.precision)
@@ -397,7 +403,7 @@ class TrainingRun:
         self.tracker.figure(figure, "confusion_matrix.png")
         if self.config.decoders:
             alone = Ranks(rank=0, world_size=1, local_rank=0, device=self.ranks.device)
-            loader = eval_loader(self.data, self.config.data.val_split, self.config, alone, "1x1", for_decoders=True)
+            loader = eval_loader(self.data, self.config.data.eval_split, self.config, alone, "1x1", for_decoders=True)
             batch = next(iter(loader)).to(self.ranks.device, channels_last=True)
             loader.close()
             figure = pictures.decoders(network, batch, f"step {self.step}: {batch.keys[0]}")
