@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     _mount(commands, "eval", "test a checkpoint", "rev2net.eval_cli", "eval")
     _mount(commands, "splits", "test a run for each official split, and their mean", "rev2net.eval_cli", "splits")
+    _mount(commands, "sweep", "search the loss weights", "rev2net.sweep_cli", "sweep")
     bench = commands.add_parser("bench", help="measure parts of the system on this machine")
     parts = bench.add_subparsers(dest="part", required=True, metavar="PART", parser_class=_Parser)
     _mount(parts, "loader", "clips/s of each decoding backend", "dataloaders.bench", "bench")
