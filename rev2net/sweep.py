@@ -108,7 +108,7 @@ def _run(config: Config, stop_requested: Callable[[], bool]) -> Result | None:
     except NonFiniteLossError as error:
         return Result(failure=str(error))
     finally:
-        # An engine refers to itself: the next one would find its memory taken.
+        # What has ended refers to itself in circles: the next one would find its memory taken.
         gc.collect()
         torch.cuda.empty_cache()
     if not ended.finished:

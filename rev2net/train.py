@@ -82,6 +82,7 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
     run = TrainingRun(config)
     with ExitStack() as stack:
         stack.callback(run.close_log)
+        stack.callback(run.engine.close)
         stack.enter_context(run.tracker)
         for loader in run.loaders:
             stack.callback(loader.close)
