@@ -12,6 +12,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 CHAOS := $(VENV)/chaos.jsonl
 HURT := $(addprefix tests/chaos/,test_kills.py test_faults.py test_elastic.py) tests/dataloaders/test_prepare_kills.py \
+	tests/cluster/test_sweep_array.py \
 	$(addprefix tests/rev2net/test_training.py::, \
 	'test_p4_p5_every_zero_stage_saves_restores_and_agrees[all]' \
 	test_p9_a_step_without_a_finite_loss_is_skipped_and_three_in_a_row_end_the_run)

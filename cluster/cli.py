@@ -28,6 +28,14 @@ examples:
   rev2net-cluster prepare kinetics videos data/k400 --annotations train.csv val.csv --tasks 64
   rev2net-cluster prepare folder videos data --flow-device cuda --tasks 8 --site configs/cluster/example.yaml --dry-run
 """
+_SWEEP_EXAMPLES = """The tasks share the runs of `rev2net sweep`; what a lost task was at, another one goes on with.
+Where they are many, let them log to a server (MLFLOW_TRACKING_URI, or tracking.uri=): SQLite is for few.
+
+examples:
+  rev2net-cluster sweep configs/demo.yaml --tasks 6 --gpus-per-node 1 --site configs/cluster/example.yaml
+  rev2net-cluster sweep configs/demo.yaml --full --tasks 64 --gpus-per-node 8 eval.views=1x1 --dry-run
+  rev2net-cluster sweep configs/demo.yaml --tasks 2 --tasks-per-node 1 --executor local
+"""
 _JOB_EXAMPLES = """A JOB is the number that submit prints, or the name of the job's folder.
 
 examples:
@@ -67,11 +75,12 @@ def _run(argv: list[str]) -> int:
     options, rest = _parser().parse_known_args(argv)
     if options.command == "prepare":
         return _prepare(options, rest)
-    unknown = [text for text in rest if text.startswith("-") or "=" not in text or options.command != "submit"]
+    trains = options.command in ("submit", "sweep")
+    unknown = [text for text in rest if text.startswith("-") or "=" not in text or not trains]
     if unknown:
         raise UserError(f"{unknown[0]!r} is not an option of {options.command}: see rev2net-cluster --help")
-    if options.command == "submit":
-        return _submit(options, [*options.overrides, *rest])
+    if trains:
+        return {"submit": _submit, "sweep": _sweep}[options.command](options, [*options.overrides, *rest])
     return {"status": _status, "logs": _logs, "cancel": _cancel, "doctor": _doctor}[options.command](options)
 
 
@@ -85,12 +94,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_SUBMIT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    submit.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the experiment")
-    submit.add_argument("overrides", metavar="key=value", nargs="*", help="changes to the configuration")
     submit.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
     submit.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs, and tasks, on each machine")
     submit.add_argument("--tasks-per-node", type=int, metavar="T", help="tasks on each machine without GPUs")
+    _add_experiment(submit)
     _add_job_options(submit)
+    _add_sweep(commands)
     prepare = commands.add_parser(
         "prepare",
         help="prepare a data set as a Slurm array",
@@ -113,6 +122,27 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--processes", type=int, default=2, metavar="N", help="ranks of the all-reduce (default 2)")
     doctor.add_argument("--storage", type=Path, metavar="DIR", help="measure reading the files of this folder")
     return parser
+
+
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the experiment")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes to the configuration")
+
+
+def _add_sweep(commands: argparse._SubParsersAction[_Parser]) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="search the loss weights as a Slurm array",
+        description="Search the loss weights as a Slurm array; each task trains one run after another on one machine.",
+        epilog=_SWEEP_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_experiment(sweep)
+    sweep.add_argument("--tasks", type=int, required=True, metavar="N", help="tasks of the array")
+    sweep.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of each task, one rank on each")
+    sweep.add_argument("--tasks-per-node", type=int, metavar="T", help="ranks of each task without GPUs")
+    sweep.add_argument("--full", action="store_true", help="all combinations, not one weight at a time")
+    _add_job_options(sweep)
 
 
 def _add_job_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -191,6 +221,42 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> int:
     failure = preparation.run_here()
     if failure is not None:
         print(f"preparation failed: {failure}", file=sys.stderr)
+    return 0 if failure is None else 1
+
+
+def _sweep(options: argparse.Namespace, overrides: list[str]) -> int:
+    from cluster.site import load_site
+    from cluster.submit import Placement, require_slurm
+    from cluster.sweep import SweepArray, SweepWork
+    from rev2net.config import load_config
+    from rev2net.grid import Search, sweep_config
+
+    if options.tasks < 1:
+        raise UserError(f"--tasks {options.tasks} is not possible: give 1 or more")
+    config = load_config(options.config, overrides)
+    array = SweepArray(
+        work=SweepWork(config=sweep_config(config), search=Search.of(config, full=options.full)),
+        name=f"rev2net-sweep-{options.config.stem}",
+        tasks=options.tasks,
+        placement=Placement.from_options(
+            nodes=1, gpus_per_node=options.gpus_per_node, tasks_per_node=options.tasks_per_node
+        ),
+        site=load_site(options.site),
+        parent=options.folder,
+    )
+    _check_batch(config, array.placement)
+    if options.dry_run:
+        _refuse_dry_run_of_local(options)
+        sys.stdout.write(array.script())
+        return 0
+    if options.executor == "slurm":
+        require_slurm()
+        job, log = array.submit()
+        print(f"job {job.id}: {options.tasks} tasks work on {job.output}; the first writes to {log}")
+        return 0
+    failure = array.run_here()
+    if failure is not None:
+        print(f"sweep failed: {failure}", file=sys.stderr)
     return 0 if failure is None else 1
 
 

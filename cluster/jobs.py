@@ -31,8 +31,8 @@ class Job:
     """A submitted job, as its folder's `job.json` has it.
 
     Attributes:
-        ids: submitit's ids: one of a training; of a preparation one of each share and that of the last job. Slurm's
-            job number (with _INDEX in an array), or the number of a process.
+        ids: submitit's ids: one of a training; of a preparation one of each share and that of the last job; of a sweep
+            one of each task. Slurm's job number (with _INDEX in an array), or the number of a process.
         ranks: processes that each id stands for.
         kind: what it does.
         name: the job's name in the queue.
@@ -43,7 +43,7 @@ class Job:
 
     ids: tuple[str, ...]
     ranks: int
-    kind: Literal["train", "prepare"]
+    kind: Literal["train", "prepare", "sweep"]
     name: str
     output: str
     executor: Literal["slurm", "local"]

@@ -199,7 +199,7 @@ def _ended(each: JobFolder) -> Status:
     progress = _progress(each)
     if _is_finished(each):
         return Status("FINISHED", progress, each.job.output, alive=False)
-    rank = 0 if each.job.kind == "train" else len(each.job.ids) - 1
+    rank = len(each.job.ids) - 1 if each.job.kind == "prepare" else 0
     out, _ = _last_words(each.log(rank, "out"))
     err, slurm = _last_words(each.log(rank, "err"))
     if not out and not err and not slurm:
@@ -209,14 +209,14 @@ def _ended(each: JobFolder) -> Status:
     if any(_CANCELLED.search(line) for line in slurm):
         return Status("STOPPED", progress, (err or out)[:_LINE], alive=False)
     culprit = next((int(found[1]) for line in slurm if (found := _EXITED.match(line))), 0)
-    if culprit and each.job.kind == "train":
+    if culprit and each.job.kind != "prepare":
         err = f"rank {culprit}: {_last_words(each.log(culprit, 'err'))[0]}"
     return Status("FAILED", progress, (err or out or slurm[-1])[:_LINE], alive=False)
 
 
 def _is_finished(each: JobFolder) -> bool:
     output = Path(each.job.output)
-    if each.job.kind == "train":
+    if each.job.kind != "prepare":
         return (output / "result.json").exists() and _runs_its_configuration(each)
     return (output / MANIFEST).exists() and (each.path / f"{each.job.ids[-1]}_0_result.pkl").exists()
 
@@ -234,6 +234,9 @@ def _progress(each: JobFolder) -> str:
         shares = each.job.ids[:-1]
         done = sum((each.path / f"{name}_0_result.pkl").exists() for name in shares)
         return f"{done}/{len(shares)} shares"
+    if each.job.kind == "sweep":
+        folders = Path(each.job.output).glob("*/train.log") if _runs_its_configuration(each) else ()
+        return f"{len(list(folders))} runs begun"
     steps = _STEP.findall(_tail(Path(each.job.output) / "train.log")) if _runs_its_configuration(each) else []
     return " ".join(steps[-1]) if steps else ""
 

@@ -75,10 +75,7 @@ class TrainWork:
         """Train until the end or until a stop is requested on any rank."""
         from rev2net.train import train
 
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
-        if os.environ["RANK"] == "0":
-            for package in ("rev2net", "dataloaders"):
-                logging.getLogger(package).setLevel(logging.INFO)
+        log_to_stdout()
         return train(self.config, stop_requested=stop_requested).finished
 
 
@@ -121,6 +118,14 @@ class Task:
     def checkpoint(self) -> DelayedSubmission:
         """submitit's hook at a requeue: the same task again (the state lies in the run's checkpoints)."""
         return DelayedSubmission(self)
+
+
+def log_to_stdout() -> None:
+    """Show what rank 0 has to say, and warnings of all ranks."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
+    if os.environ["RANK"] == "0":
+        for package in ("rev2net", "dataloaders"):
+            logging.getLogger(package).setLevel(logging.INFO)
 
 
 def requeue_outside() -> None:

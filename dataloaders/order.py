@@ -31,6 +31,7 @@ class Location:
 
     Attributes:
         shard: index into the split's shards as the manifest lists them.
+        index_in_shard: among the split's samples in it.
         sample: index in the unshuffled data set, the same in every epoch.
     """
 

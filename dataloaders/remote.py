@@ -9,7 +9,6 @@ lock of the kernel's, which ends with the process that holds it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from dataloaders.errors import UserError
+from dataloaders.locks import lock
 
 Result = TypeVar("Result")
 
@@ -128,7 +128,7 @@ class ShardCache:
             OSError: the cache's disk failed, or is full.
         """
         path = self.folder / name
-        with _lock(path):
+        with lock(path):
             if not path.exists():
                 self._fill(path, size, sha256, patient)
             os.utime(path)
@@ -151,7 +151,7 @@ class ShardCache:
                 f"loader.cache_gb={self._limit / 1e9:g} is less than {part.stem} takes; give at least {size / 1e9:.3g}"
             )
         part.unlink(missing_ok=True)  # of somebody who was killed
-        with _lock(self._root / "room"):
+        with lock(self._root / "room"):
             while not self._make_room(size):
                 time.sleep(_MOMENT)  # the rest is being filled or opened
             with part.open("wb") as file:
@@ -167,7 +167,7 @@ class ShardCache:
         for path in sorted(held, key=lambda path: held[path].st_mtime_ns):
             if excess <= 0:
                 break
-            with _lock(path.with_suffix("") if path.suffix == ".part" else path, wait=False) as free:
+            with lock(path.with_suffix("") if path.suffix == ".part" else path, wait=False) as free:
                 if free:
                     path.unlink(missing_ok=True)
                     path.with_suffix(".idx").unlink(missing_ok=True)
@@ -186,18 +186,6 @@ class ShardCache:
                 idle,
                 self._limit / 1e9,
             )
-
-
-@contextmanager
-def _lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock beside a path; gives False where it is another's and `wait` is False."""
-    with path.with_suffix(".lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def _persistently(url: str, work: Callable[[], Result], patient: bool = True) -> Result:

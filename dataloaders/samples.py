@@ -51,9 +51,9 @@ class Samples:
 
     def read(self, lane: Lane, place: Location) -> tuple[SampleInfo, dict[str, bytes]]:
         """The sample's description and videos; DecodeError for a damaged shard or sample."""
-        reader = lane.reader(self._shards[place.shard])
-        key = _key(reader, place)
-        parts = reader.read(place.index_in_shard, self._extensions)
+        reader, index = self._find(lane, place)
+        key = _key(reader, index)
+        parts = reader.read(index, self._extensions)
         for extension in self._extensions:
             if extension not in parts:
                 raise DecodeError(key, f"has no {extension} in its shard")
@@ -69,11 +69,16 @@ class Samples:
     def label(self, lane: Lane, place: Location) -> int:
         """The label of a sample that cannot be read in full; -1 where its json cannot be read either."""
         try:
-            reader = lane.reader(self._shards[place.shard])
-            data = reader.read(place.index_in_shard, (INFO_EXTENSION,))[INFO_EXTENSION]
+            reader, index = self._find(lane, place)
+            data = reader.read(index, (INFO_EXTENSION,))[INFO_EXTENSION]
             return SampleInfo.from_json("", data).label
         except (DecodeError, LookupError):
             return -1
+
+    def _find(self, lane: Lane, place: Location) -> tuple[ShardReader, int]:
+        """The sample's shard, and where it is in it."""
+        shard = self._shards[place.shard]
+        return lane.reader(shard), shard.first + place.index_in_shard
 
     def request(
         self,
@@ -135,9 +140,9 @@ class FetchAhead:
                     self._closed.wait(_PAUSE)
 
 
-def _key(reader: ShardReader, place: Location) -> str:
+def _key(reader: ShardReader, index: int) -> str:
     try:
-        return reader.key(place.index_in_shard)
+        return reader.key(index)
     except IndexError as error:
-        name = f"{reader.path.name}[{place.index_in_shard}]"
+        name = f"{reader.path.name}[{index}]"
         raise DecodeError(name, f"the shard has {len(reader)} samples, dataset.json says more") from error

@@ -8,6 +8,7 @@ index; a reader finds every sample through it and never scans the tar.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ import platform
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,8 @@ MANIFEST = "dataset.json"
 RGB_EXTENSION = "mp4"
 FLOW_EXTENSION = "flow.mp4"
 INFO_EXTENSION = "json"
+HELD_OUT = "held-out"
+"""Name of the split that `DataSet.hold_out` makes."""
 _INDEX_VERSION = "v1.2"
 _TAR_BLOCK = 512
 
@@ -91,9 +94,10 @@ class ShardInfo:
 
     Attributes:
         path: of its tar; of a remote data set's shard, in the cache, where it need not be at the moment.
-        samples: how many it holds.
+        samples: how many of the split it holds.
         bytes, sha256: of the tar.
         cache: of a remote data set, else None.
+        first: where the split's samples begin in it: not at 0 where the ones before are another split's.
     """
 
     path: Path
@@ -101,6 +105,7 @@ class ShardInfo:
     bytes: int
     sha256: str
     cache: ShardCache | None = None
+    first: int = 0
 
     def open(self) -> ShardReader:
         """A reader, for which a remote shard is fetched first; errors of `ShardReader` and `ShardCache.hold`."""
@@ -245,6 +250,39 @@ class DataSet:
         """
         entry = self.manifest["splits"][split]
         return {name: int(entry[name]) for name in ("missing", "quarantined") if name in entry}
+
+    def hold_out(self, split: str, share: float) -> DataSet:
+        """The same data set with the last samples of a split moved to one of their own, `HELD_OUT`.
+
+        Samples lie in a random order of which every stretch holds each class about as often as the whole does: so the
+        last ones are a fair part, the same for every seed and number of ranks. The others keep their numbers.
+
+        Args:
+            split: its name.
+            share: of its samples, between 0 and 1; at least one is held out.
+
+        Raises:
+            UserError: no such split, or no sample would be left in it.
+        """
+        total = self.num_samples(split)
+        left = total - max(1, round(share * total))
+        if left < 1:
+            raise UserError(
+                f"data.holdout={share} of the {total} samples of split {split} of {self.location} leaves none to train "
+                "on: lower it, or prepare more clips"
+            )
+        kept: list[ShardInfo] = []
+        held: list[ShardInfo] = []
+        for shard in self.shards(split):
+            here = min(left, shard.samples)
+            left -= here
+            if here:
+                kept.append(replace(shard, samples=here))
+            if here < shard.samples:
+                held.append(replace(shard, first=here, samples=shard.samples - here))
+        data = copy.copy(self)
+        data._shards = {**self._shards, split: tuple(kept), HELD_OUT: tuple(held)}
+        return data
 
     def fingerprint(self) -> str:
         """Hash of the manifest, which holds the hash of every shard."""

@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     _mount(commands, "predict", "what videos show", "rev2net.predict", "predict")
     _mount(commands, "export", "the test-time network as .pt2 or .onnx", "rev2net.export", "export")
     _mount(commands, "report", "the paper's tables from MLflow runs", "rev2net.report_cli", "report")
+    _mount(commands, "sweep", "search the loss weights", "rev2net.sweep_cli", "sweep")
     bench = commands.add_parser("bench", help="measure parts of the system on this machine")
     parts = bench.add_subparsers(dest="part", required=True, metavar="PART", parser_class=_Parser)
     _mount(parts, "loader", "clips/s of each decoding backend", "dataloaders.bench", "bench")

@@ -20,6 +20,7 @@ from dataloaders.batch import Stream
 from dataloaders.errors import UserError
 from dataloaders.plan import Views
 from dataloaders.remote import CACHE_GB
+from dataloaders.shards import HELD_OUT
 from rev2net.losses import DDP, KLReduction, Objective, Reduction
 
 
@@ -36,12 +37,20 @@ class DataConfig(Section):
     split: int = Field(1, gt=0, description="official split; takes the place of {split} in data.path and output")
     train_split: str = "train"
     val_split: str = "val"
+    holdout: float = Field(
+        0.0, ge=0, lt=1, description="share of train_split to evaluate on, not train on, in place of val_split"
+    )
     frames: int = Field(32, gt=0, description="frames of a clip (T)")
     size: int = Field(224, gt=0, description="height and width of a clip, pixels")
     stride: int = Field(1, gt=0, description="distance of the clip's frames in the stored video")
     segments: int = Field(
         0, ge=0, description="0 = consecutive frames; else equal runs of them from so many parts of the video (TSN)"
     )
+
+    @property
+    def eval_split(self) -> str:
+        """The split that a training is evaluated on."""
+        return HELD_OUT if self.holdout else self.val_split
 
     @property
     def stack(self) -> int:
@@ -205,6 +214,7 @@ class TrackingConfig(Section):
     cell: str | None = Field(None, description="cell of configs/tables.yaml that the run fills, for `rev2net report`")
     uri: str | None = Field(None, description="null = MLFLOW_TRACKING_URI, else sqlite in the output's parent folder")
     enabled: bool = True
+    parent: str | None = Field(None, description="id of the MLflow run that this one is part of; set by rev2net sweep")
 
 
 IMAGES = ("tsn", "tsm", "stm", "off")

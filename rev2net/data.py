@@ -19,7 +19,10 @@ def open_data(config: Config) -> DataSet:
     Raises:
         UserError: no such folder or URL, no such split, no flow where it is learned or seen, too few samples.
     """
-    data = _open(config.data.path, (config.data.train_split, config.data.val_split), config)
+    data = _open(config.data.path, config)
+    if config.data.holdout:
+        data = data.hold_out(config.data.train_split, config.data.holdout)
+    _check_splits(data, config.data.train_split, config.data.eval_split)
     _check_flow(data, config, learned=True)
     return data
 
@@ -35,7 +38,8 @@ def open_target(config: Config, classes: tuple[str, ...]) -> DataSet | None:
     """
     if config.target.path is None:
         return None
-    data = _open(config.target.path, (config.target.train_split, config.target.val_split), config)
+    data = _open(config.target.path, config)
+    _check_splits(data, config.target.train_split, config.target.val_split)
     if data.classes != classes:
         odd = a_difference(data.classes, classes)
         raise UserError(
@@ -51,11 +55,13 @@ def a_difference(classes: tuple[str, ...], others: tuple[str, ...]) -> str:
     return min(set(classes) ^ set(others), default="their order")
 
 
-def _open(path: str, splits: tuple[str, ...], config: Config) -> DataSet:
-    data = DataSet.open(path, cache=config.loader.cache, cache_gb=config.loader.cache_gb)
+def _open(path: str, config: Config) -> DataSet:
+    return DataSet.open(path, cache=config.loader.cache, cache_gb=config.loader.cache_gb)
+
+
+def _check_splits(data: DataSet, *splits: str) -> None:
     for split in splits:
         data.shards(split)
-    return data
 
 
 def _check_flow(data: DataSet, config: Config, *, learned: bool) -> None:

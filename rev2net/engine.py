@@ -236,6 +236,10 @@ class Engine:
         for name, buffer in self.step_module.network.named_buffers():
             buffer.copy_(self.statistics[name])
 
+    def close(self) -> None:
+        """Let go of the network: until then DeepSpeed's hooks hold it, also when nobody else does."""
+        self.deepspeed.destroy()
+
     def set_rate(self, rate: float) -> None:
         """Learning rate of the coming optimizer step; the decoders' is `optim.decoder_lr` times that."""
         for group in self.deepspeed.optimizer.param_groups:

@@ -6,6 +6,7 @@ A video that cannot be decoded is not left out: it counts as wrong, and is liste
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +73,7 @@ class Metrics:
     Attributes:
         top1, top5: share of the videos, in [0, 1]; a failed video counts as wrong.
         mean_class: accuracy of each class that has videos, averaged.
+        cross_entropy: mean of -log of the averaged score of the true class, over the videos that did not fail; nats.
         videos: number of videos, failed ones included.
         failed: keys or indices of the failed ones with reasons.
         confusion: classes x classes counts, rows are true labels; failed videos are in no column.
@@ -80,6 +82,7 @@ class Metrics:
     top1: float
     top5: float
     mean_class: float
+    cross_entropy: float
     videos: int
     failed: Mapping[int, str]
     confusion: npt.NDArray[np.int64]
@@ -107,8 +110,10 @@ def metrics(scores: Scores, num_classes: int) -> Metrics:
     _, means, labels = scores.means()
     confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
     totals = np.zeros(num_classes)
-    top5 = 0
+    top5, cross_entropy = 0, math.inf
     if len(labels):
+        true = means[np.arange(len(labels)), labels]
+        cross_entropy = float(-np.log(np.maximum(true, np.finfo(np.float32).tiny)).mean())
         ranked = np.argsort(-means, axis=1, kind="stable")
         np.add.at(confusion, (labels, ranked[:, 0]), 1)
         top5 = int((ranked[:, :5] == labels[:, None]).sum())
@@ -121,6 +126,7 @@ def metrics(scores: Scores, num_classes: int) -> Metrics:
         top1=float(confusion.trace() / max(1, videos)),
         top5=top5 / max(1, videos),
         mean_class=float((confusion.diagonal()[present] / totals[present]).mean()) if present.any() else 0.0,
+        cross_entropy=cross_entropy,
         videos=videos,
         failed={sample: reason for sample, (_, reason) in scores.failed.items()},
         confusion=confusion,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dataloaders.batch import ClipBatch
 from dataloaders.flow.colours import flow_colours
+from rev2net.grid import Point, Result
 from rev2net.models.heads import Network
 
 
@@ -106,6 +107,21 @@ def decoders(network: Network, batch: ClipBatch, title: str, columns: int = 8) -
             if name == "input":
                 axis.set_title(f"frame {t}", fontsize=8)
         line[0].set_ylabel(name, fontsize=9)
+    return figure
+
+
+def weights(names: Sequence[str], results: Mapping[Point, Result], winner: Point) -> Figure:
+    """Accuracy of the runs of a search over each weight, the winner's ringed; crosses for runs that failed."""
+    figure = Figure(figsize=(3.2 * len(names), 3.2), layout="constrained")
+    (line,) = figure.subplots(1, len(names), sharey=True, squeeze=False)
+    for place, (name, axes) in enumerate(zip(names, line, strict=True)):
+        for failed, marker in ((False, "o"), (True, "x")):
+            points = [point for point, result in results.items() if (result.failure is not None) == failed]
+            axes.plot([p[place] for p in points], [results[p].top1 for p in points], marker, alpha=0.5)
+        axes.plot(winner[place], results[winner].top1, "o", markersize=14, fillstyle="none", color="black")
+        axes.set_xscale("symlog", linthresh=1e-5)
+        axes.set(title=f"{name} = {winner[place]:g}", xlabel=name)
+    line[0].set_ylabel("top-1 of the clips held out")
     return figure
 
 

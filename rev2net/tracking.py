@@ -104,7 +104,15 @@ class Tracker:
         """Save a matplotlib figure in the run's folder, and log it."""
         if self._active:
             figure.savefig(Path(self._config.output) / name)
-            self._put({"file": name})
+            self.file(name)
+
+    def file(self, name: str) -> None:
+        """Log a file of the run's folder, as it is when it is sent."""
+        self._put({"file": name})
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        self._put({"tags": dict(values)})
 
     def json(self, tree: Any, name: str) -> None:
         """Save a tree in the run's folder as JSON, and log it."""
@@ -219,6 +227,8 @@ class Tracker:
         elif "changed" in row:
             tags = [RunTag(CHANGED + key, value) for key, value in row["changed"].items()]
             self._client.log_batch(self.run_id, tags=tags)
+        elif "tags" in row:
+            self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in row["tags"].items()])
         elif "text" in row:
             self._client.log_text(self.run_id, row["text"], row["name"])
         elif "file" in row:
@@ -263,7 +273,10 @@ class Tracker:
             folder = Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts"
             experiment = client.create_experiment(config.tracking.experiment, folder.as_uri() if local else None)
         name = config.tracking.run_name or Path(config.output).name
-        return str(client.create_run(experiment, run_name=name, tags=_environment()).info.run_id)
+        tags = _environment()
+        if config.tracking.parent is not None:
+            tags["mlflow.parentRunId"] = config.tracking.parent
+        return str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
 
 
 def _first_line(error: Exception) -> str:

@@ -83,6 +83,7 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
     run = TrainingRun(config)
     with ExitStack() as stack:
         stack.callback(run.close_log)
+        stack.callback(run.engine.close)
         stack.enter_context(run.tracker)
         for loader in run.loaders:
             stack.callback(loader.close)
@@ -173,6 +174,12 @@ class TrainingRun:
             raise UserError(
                 f"{resumed} was trained on {len(state.classes)} classes that are not those of {self.config.data.path}: "
                 "choose another output= or use init_from="
+            )
+        before = state.config["data"].get("holdout", 0.0)
+        if before != self.config.data.holdout:
+            raise UserError(
+                f"{resumed} was trained with data.holdout={before}, not {self.config.data.holdout}: it would be tested "
+                f"on clips that it has learned; choose another output= or set data.holdout={before}"
             )
         checkpoint.load_weights(network, resumed)
         if state.world_size == self.ranks.world_size:
@@ -368,7 +375,7 @@ class TrainingRun:
             self.evaluate()
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy of the test-time network, and the decoders' errors, on the validation split.
+        """Accuracy of the test-time network, and the decoders' errors, on the validation split (or what is held out).
 
         They are kept in the checkpoint of this step. A collective.
         """
@@ -377,12 +384,13 @@ class TrainingRun:
         network = build_network(without_imagenet(self.config), len(self.data.classes))
         network.load_state_dict(weights)
         for_testing(network, self.ranks.device)
-        accuracy = {"val": self._accuracy(network, self.data, self.config.data.val_split)}
-        if self.target is not None:
+        accuracy = {"val": self._accuracy(network, self.data, self.config.data.eval_split)}
+        if self.target is not None and not self.config.data.holdout:  # what chooses settings sees no test clip
             accuracy["target"] = self._accuracy(network, self.target, self.config.target.val_split)
         values = {key: value for name, found in accuracy.items() for key, value in found.named(f"{name}/").items()}
+        values["val/cross_entropy"] = accuracy["val"].cross_entropy
         if self.config.decoders:
-            split = self.config.data.val_split
+            split = self.config.data.eval_split
             loader = eval_loader(self.data, split, self.config, self.ranks, "1x1", for_decoders=True)
             batches = self._watched(loader)
             errors = decoder_errors(network, batches, ranks=self.ranks, precision=self.config.train.precision)
@@ -417,7 +425,7 @@ class TrainingRun:
         self.tracker.figure(figure, "confusion_matrix.png")
         if self.config.decoders:
             alone = Ranks(rank=0, world_size=1, local_rank=0, device=self.ranks.device)
-            loader = eval_loader(self.data, self.config.data.val_split, self.config, alone, "1x1", for_decoders=True)
+            loader = eval_loader(self.data, self.config.data.eval_split, self.config, alone, "1x1", for_decoders=True)
             batch = next(iter(loader)).to(self.ranks.device, channels_last=True)
             loader.close()
             figure = pictures.decoders(network, batch, f"step {self.step}: {batch.keys[0]}")

@@ -497,4 +497,4 @@ def test_p10_a_lane_that_does_not_come_on_is_named_with_its_place(
     releasing.start()
     assert_same(batches(data, 2), batches(local, 2))
     releasing.join()
-    assert "thread lane-0, at work on range(0, 2), stands at remote.py:" in caplog.text and "_lock" in caplog.text
+    assert "thread lane-0, at work on range(0, 2), stands at locks.py:" in caplog.text
