@@ -26,7 +26,7 @@ help:
 	@echo "make bench     training step and test-time network, written to benchmarks/train_step.md"
 	@echo "make accuracy  the accuracy runs of benchmarks/accuracy.md (about three hours on 2 cores)"
 	@echo "make systems   every system of the paper on generated clips, benchmarks/systems.md (about three hours on 2 cores)"
-	@echo "make chaos     trainings and preparations that are hurt; rewrites the table of docs/reliability.md (an hour)"
+	@echo "make chaos     trainings and preparations that are hurt; rewrites the table of docs/reliability.md (40 minutes)"
 	@echo "make test-gpu  the tests that need an NVIDIA GPU"
 
 setup: $(STAMP)

@@ -68,7 +68,9 @@ def worker(width: float) -> None:
         row["copy"] = seconds(lambda: snapshot.take(engine))  # noqa: B023 - called at once
         taken = snapshot.take(engine)
         if taken is not None:
-            state = checkpoint.RunState(step=1, run_id=None, classes=(), world_size=1, config={}, updates=1)
+            state = checkpoint.RunState(
+                step=1, run_id=None, classes=(), world_size=1, config={}, preparation={}, updates=1
+            )
             with tempfile.TemporaryDirectory() as folder:
                 row["write"] = seconds(lambda: checkpoint.write(Path(folder), taken, state))  # noqa: B023
                 row["size"] = sum(file.stat().st_size for file in checkpoint.find(folder).iterdir())
