@@ -48,7 +48,7 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=float, default=10.0, metavar="S", help="seconds (default: %(default)s)")
     parser.add_argument("--every", type=float, metavar="S", help="seconds between windows' starts (default: --window)")
     parser.add_argument("--views", help="of a window, CLIPSxCROPS or whole (default: the run's own eval.views)")
-    parser.add_argument("--batch", type=int, default=8, help="clips of one forward pass (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="clips of one forward pass (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line and video, on standard output")
     parser.add_argument("--annotate", metavar="FOLDER", type=Path, help="write copies with the classes in the picture")
 
