@@ -17,7 +17,7 @@ HURT := $(addprefix tests/chaos/,test_kills.py test_faults.py test_elastic.py) t
 	'test_p4_p5_every_zero_stage_saves_restores_and_agrees[all]' \
 	test_p9_a_step_without_a_finite_loss_is_skipped_and_three_in_a_row_end_the_run)
 
-.PHONY: help setup demo test check bench accuracy systems chaos test-gpu clean
+.PHONY: help setup demo test check bench accuracy systems claims chaos test-gpu clean
 
 help:
 	@echo "make demo      generated clips (or VIDEOS=folder) -> shards -> training on two processes -> MLflow; 5 minutes"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench     training step and test-time network, written to benchmarks/train_step.md"
 	@echo "make accuracy  the accuracy runs of benchmarks/accuracy.md (about three hours on 2 cores)"
 	@echo "make systems   every system of the paper on generated clips, benchmarks/systems.md (about three hours on 2 cores)"
+	@echo "make claims    the paper's claim on generated clips, benchmarks/claims.md (days; goes on where it was ended)"
 	@echo "make chaos     trainings and preparations that are hurt; rewrites the table of docs/reliability.md (40 minutes)"
 	@echo "make test-gpu  the tests that need an NVIDIA GPU"
 
@@ -61,6 +62,9 @@ accuracy: $(STAMP)
 
 systems: $(STAMP)
 	$(BIN)/python benchmarks/systems.py
+
+claims: $(STAMP)
+	$(BIN)/python benchmarks/claims.py
 
 chaos: $(STAMP)
 	@rm -f $(CHAOS)

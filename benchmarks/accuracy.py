@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,13 +20,12 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from trainings import ROOT, command, each_run, generated, keep, real, rows
+
 LOG = ROOT / "benchmarks" / "accuracy.jsonl"
 PAGE = ROOT / "benchmarks" / "accuracy.md"
 WORK = ROOT / "runs" / "accuracy"
-SHARED = ROOT.parent / "shared"
 
 I3D = ("model.name=i3d", "loss.ddp=none")
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -67,23 +64,10 @@ def plan() -> list[Run]:
     return [*first, *no_ddp, Run("demo", "rev2net-half", 0), *compared]
 
 
-def command(*words: str | Path) -> None:
-    """Run a command of the project, output to the terminal."""
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    subprocess.run([str(w) for w in words], check=True, cwd=ROOT, env=env)
-
-
 def prepared(config: str) -> Path:
     """The data set of a configuration, prepared once."""
     data = WORK / f"{config}-data"
-    options = ("--codec", "vp9", "--short-side", "128")
-    if config == "demo":
-        command("rev2net", "synth", WORK / "clips")
-        command("rev2net", "prepare", "folder", WORK / "clips", data, *options)
-    else:
-        lists = SHARED / "annotations" / "weizmann"
-        command("rev2net", "prepare", "list", lists, data, "--root", SHARED / "videos", *options)
-    return data
+    return generated(WORK / "clips", data) if config == "demo" else real(config, data)
 
 
 def train(run: Run, data: Path) -> dict[str, object]:
@@ -138,11 +122,6 @@ def opposite_share(scores: dict[str, list[list[int]]]) -> float:
     return round(hits / sum(map(sum, confusion)), 4)
 
 
-def rows(log: Path = LOG) -> list[dict[str, Any]]:
-    """The rows written so far."""
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-
-
 def page(found: list[dict[str, object]]) -> str:
     """The Markdown page."""
     lines = [
@@ -172,10 +151,7 @@ def page(found: list[dict[str, object]]) -> str:
     ]
     lines += [decoders(*which) for which in groups([row for row in found if "val/flow_rmse" in row])]
     lines += ["", "## Each run", ""]
-    columns = list(dict.fromkeys(key for row in found for key in row))
-    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for row in found]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *each_run(found)]) + "\n"
 
 
 def groups(found: Sequence[dict[str, object]]) -> Iterator[tuple[str, str, list[dict[str, object]]]]:
@@ -216,18 +192,10 @@ def main() -> int:
     parser.add_argument("--only", default="", help="runs whose name starts so")
     parser.add_argument("--page", action="store_true", help="only write the page")
     args = parser.parse_args()
-    done = {row["run"] for row in rows()}
-    data: dict[str, Path] = {}
-    for run in plan():
-        if args.page or run.name in done or not run.name.startswith(args.only):
-            continue
-        if run.config not in data:
-            data[run.config] = prepared(run.config)
-        row = train(run, data[run.config])
-        with LOG.open("a") as log:
-            log.write(json.dumps(row) + "\n")
-        PAGE.write_text(page(rows()))
-    PAGE.write_text(page(rows()))
+    done = {row["run"] for row in rows(LOG)}
+    left = [run for run in plan() if not (args.page or run.name in done) and run.name.startswith(args.only)]
+    data = {config: prepared(config) for config in dict.fromkeys(run.config for run in left)}
+    keep((train(run, data[run.config]) for run in left), LOG, PAGE, page)
     return 0
 
 

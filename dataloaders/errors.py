@@ -26,6 +26,11 @@ class DecodeError(RuntimeError):
         self.reason = reason
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, of at most 200 characters; its type where it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def describe_failure(error: Exception) -> str:
     """The message of an error that is no mistake of the user's, with advice where there is some."""
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC

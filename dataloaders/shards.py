@@ -347,6 +347,25 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A file beside `path`, with its suffix, that gets its name when the block ends well, and is deleted otherwise."""
+    aside = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def check_output(path: Path, suffixes: Sequence[str]) -> None:
+    """UserError for a file that is to be written under a name of another kind, or in no folder."""
+    if path.suffix not in suffixes:
+        raise UserError(f"{path} is neither {' nor '.join(suffixes)}: give the file one of these endings")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is no folder: make it, or write the file elsewhere")
+
+
+@contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Let an OSError say which file was to be written: a write's own names none."""
     try:

@@ -308,7 +308,6 @@ def add_synth_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n  rev2net synth clips\n"
         "  rev2net synth clips-b --domain b --clips-per-class 24 --val-per-class 12 --size 64"
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     default = SynthSettings()
     parser.add_argument("out", type=Path, help="folder to make: OUT/{train,val}/CLASS/CLASS_0000.mp4")
     parser.add_argument(

@@ -190,7 +190,6 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `rev2net verify` to a parser."""
     parser.description = "Check a prepared data set: hashes, indexes, counts, tags, and with --deep every frame."
     parser.epilog = "examples:\n  rev2net verify data\n  rev2net verify data --deep"
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("data", metavar="DATA", help="folder that `rev2net prepare` made, or its URL")
     parser.add_argument("--deep", action="store_true", help="decode every frame of every video")
 

@@ -71,8 +71,10 @@ class Window:
         for first in range(0, len(self.pictures) - 1, _CHUNK):
             frames = np.stack([gray(picture) for picture in self.pictures[first : first + _CHUNK + 1]])
             planes += list(stored_flow(frames, height, width))
-        still = stored_flow(np.stack([gray(self.pictures[-1])] * 2), height, width)
-        planes.append(planes[-1] if planes else still[0])
+        if planes:
+            planes.append(planes[-1])
+        else:  # a single frame, which moves nowhere
+            planes += stored_flow(np.stack([gray(self.pictures[0])] * 2), height, width)
         return dict(enumerate(planes))
 
 

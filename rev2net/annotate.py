@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from dataloaders.shards import written_aside
 from dataloaders.video import I420
 from dataloaders.windows import open_video
 
@@ -34,16 +34,15 @@ def annotate(video: Path, out: Path, windows: Sequence[Scored], classes: Sequenc
     Raises:
         OSError: `out` cannot be written; nothing is left of it then.
     """
-    aside = out.with_name(f".{out.stem}.partial{out.suffix}")
-    try:
-        with open_video(video) as source, av.open(str(aside), "w", format="mp4") as container:
-            width, height = max(2, source.width // 2 * 2), max(2, source.height // 2 * 2)
-            stream = container.add_stream("libx264", rate=source.fps, options={"preset": "veryfast", "crf": "20"})
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            _write(container, stream, source.frames(width, height, source.fps), source.fps, windows, classes)
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
+    with (
+        written_aside(out) as aside,
+        open_video(video) as source,
+        av.open(str(aside), "w", format="mp4") as container,
+    ):
+        width, height = max(2, source.width // 2 * 2), max(2, source.height // 2 * 2)
+        stream = container.add_stream("libx264", rate=source.fps, options={"preset": "veryfast", "crf": "20"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        _write(container, stream, source.frames(width, height, source.fps), source.fps, windows, classes)
 
 
 def _write(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dataloaders.errors import UserError
+from dataloaders.shards import check_output, written_aside
 
 _SHOW = """What is in a run's checkpoints, or in one of them.
 
@@ -119,24 +118,18 @@ def _export(args: argparse.Namespace) -> int:
     from rev2net import checkpoint
 
     out: Path = args.out
-    if out.suffix not in _SUFFIXES:
-        raise UserError(f"{out} is neither .safetensors nor .pt: give the file one of these endings")
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent} is no folder: make it, or write the file elsewhere")
+    check_output(out, _SUFFIXES)
     found = checkpoint.find(args.checkpoint)
     network, config, state = (checkpoint.load_network if args.all else checkpoint.load_encoder)(found)
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    aside = out.with_name(f".{out.name}.partial")
     try:
-        if out.suffix == ".pt":
-            torch.save(weights, aside)
-        else:
-            about = {"classes": json.dumps(state.classes), "config": json.dumps(config.model_dump(mode="json"))}
-            save_file(weights, aside, metadata=about)
-        os.replace(aside, out)
+        with written_aside(out) as aside:
+            if out.suffix == ".pt":
+                torch.save(weights, aside)
+            else:
+                about = {"classes": json.dumps(state.classes), "config": json.dumps(config.model_dump(mode="json"))}
+                save_file(weights, aside, metadata=about)
     except SafetensorError as error:
         raise OSError(f"{out} could not be written: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
     print(f"{out}: {sum(w.numel() for w in weights.values()) / 1e6:.1f} M numbers of {found}", file=sys.stderr)
     return 0

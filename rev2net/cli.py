@@ -33,6 +33,9 @@ examples:
 """
 
 
+_PLAIN = argparse.RawDescriptionHelpFormatter
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence."""
 
@@ -46,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="rev2net",
         description="Train Rev2Net video action recognition.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_PLAIN,
     )
     # The deepspeed launcher adds it in front; the rank is read from the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -56,8 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     _mount(commands, "verify", "check a prepared data set", "dataloaders.verify", "verify")
     _mount(commands, "browse", "a prepared data set as one HTML page", "dataloaders.browse", "browse")
     _mount(commands, "checkpoint", "show, verify or export checkpoints", "rev2net.checkpoint_cli", "checkpoint")
-    plain = argparse.RawDescriptionHelpFormatter
-    train = commands.add_parser("train", help="train a network", description=_TRAIN, formatter_class=plain)
+    train = commands.add_parser("train", help="train a network", description=_TRAIN, formatter_class=_PLAIN)
     train.add_argument("config", metavar="CONFIG", help="YAML file of the experiment")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the file")
     train.set_defaults(run=_train)
@@ -75,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _mount(commands: argparse._SubParsersAction[_Parser], name: str, summary: str, module: str, function: str) -> None:
     """Add a command whose arguments and work another module defines."""
-    parser = commands.add_parser(name, help=summary)
+    parser = commands.add_parser(name, help=summary, formatter_class=_PLAIN)
     loaded = importlib.import_module(module)
     getattr(loaded, f"add_{function}_arguments")(parser)
     parser.set_defaults(run=getattr(loaded, f"run_{function}"))
@@ -89,7 +91,7 @@ def _train(args: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     result = train(config)
-    if _first():
+    if is_first():
         _report(result.metrics, time.perf_counter() - started)
         print(f"checkpoint  {result.checkpoint}")
         if result.run_id is not None:
@@ -112,7 +114,8 @@ def ui_command(uri: str) -> str:
     return f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
 
 
-def _first() -> bool:
+def is_first() -> bool:
+    """Whether this process is the one that speaks, by the launcher's RANK."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -125,7 +128,7 @@ def _quiet_libraries() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    if _first():
+    if is_first():
         for package in ("rev2net", "dataloaders"):
             logging.getLogger(package).setLevel(logging.INFO)
     _quiet_libraries()
@@ -134,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except UserError as error:
-        if _first():
+        if is_first():
             print(f"rev2net {args.command}: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(1.0)  # the launcher ends all ranks when one ends: let the first one speak

@@ -117,6 +117,7 @@ class TargetConfig(Section):
     train_split: str = Field("train", description="its unlabelled clips")
     val_split: str = "val"
     adapt: bool = Field(True, description="domain-adversarial training; false = train on data.path alone, and test")
+    decode: bool = Field(False, description="the decoders learn from its clips too, which they need no labels for")
     weight: float = Field(0.1, ge=0, description="of the domain loss; at 1 a network from scratch learns no labels")
     hidden: int = Field(1024, gt=0, description="width of the domain discriminator")
 
@@ -124,6 +125,11 @@ class TargetConfig(Section):
     def dann(self) -> bool:
         """Whether there is a domain discriminator."""
         return self.path is not None and self.adapt
+
+    @property
+    def trained_on(self) -> bool:
+        """Whether its unlabelled clips take part in the training."""
+        return self.path is not None and (self.adapt or self.decode)
 
 
 class LossConfig(Section):
@@ -254,6 +260,11 @@ class Config(Section):
             raise ValueError(
                 f"loss.ddp={self.loss.ddp} compares two decoders, but this model has {len(decoders)}; "
                 "set loss.ddp=none or turn on model.flow_decoder and model.frame_decoder"
+            )
+        if self.target.decode and not decoders:
+            raise ValueError(
+                f"target.decode=true is for the decoders, but model.name={self.model.name} has none here: "
+                "set target.decode=false, or turn a decoder on"
             )
         if self.train.precision == "fp16" and self.train.zero_stage:
             # DeepSpeed 0.19 never lowers its loss scale there: after the first overflow no step is applied any more.

@@ -46,7 +46,7 @@ def open_target(config: Config, classes: tuple[str, ...]) -> DataSet | None:
             f"target.path={config.target.path} has {len(data.classes)} classes and data.path={config.data.path} "
             f"{len(classes)}, which differ in {odd!r}: prepare both with the same --class-map"
         )
-    _check_flow(data, config, learned=False)
+    _check_flow(data, config, learned=config.target.decode)
     return data
 
 
@@ -100,7 +100,7 @@ def clip_shape(config: Config) -> ClipShape:
 def train_loader(
     data: DataSet, config: Config, ranks: Ranks, start_step: int, *, of_target: bool = False
 ) -> TrainLoader:
-    """This rank's training batches; for the target domain without what only the decoders read."""
+    """This rank's training batches; for the target domain without the flow to predict, unless it is decoded too."""
     sees_flow = config.model.input == "flow"
     return TrainLoader(
         data,
@@ -117,7 +117,7 @@ def train_loader(
         prefetch=config.loader.prefetch,
         pipelines_per_gpu=config.loader.pipelines_per_gpu,
         device=ranks.device,
-        with_flow=sees_flow or ("flow" in config.decoders and not of_target),
+        with_flow=sees_flow or ("flow" in config.decoders and (config.target.decode or not of_target)),
         with_rgb=not sees_flow,
         start_step=start_step,
     )

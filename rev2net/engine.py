@@ -40,20 +40,27 @@ class TrainingStep(nn.Module):
         self.reversal = 0.0
 
     def forward(
-        self, clip: Tensor, flow: Tensor | None, label: Tensor, generator: torch.Generator, target: Tensor | None = None
+        self,
+        clip: Tensor,
+        flow: Tensor | None,
+        label: Tensor,
+        generator: torch.Generator,
+        *,
+        decode_all: bool = False,
     ) -> dict[str, Tensor]:
-        """One micro-batch: the stream that the network sees, N C T H W, the flow to predict, N labels.
+        """One micro-batch: the stream that the network sees, M C T H W, the flow to predict, N labels.
 
-        Dropout and latent noise come from `generator`. `target` are as many clips of the target domain as there are
-        labelled ones: they share the forward pass, hence the batch statistics, and the domain loss alone sees them.
+        Dropout and latent noise come from `generator`. Clips of the target domain, which have no labels, stand behind
+        those that have: they share the forward pass, hence the batch statistics. The domain loss sees them, and with
+        `decode_all` the decoders do; `flow` is that of the clips that are decoded.
         """
-        if target is None:
-            return self.objective(self.network.heads(clip, generator), label, clip, flow)
-        output = self.network.heads(torch.cat([clip, target]), generator, labelled=len(label))
-        scalars = self.objective(output, label, clip, flow)
-        assert self.network.discriminator is not None
+        labelled = len(label)
+        output = self.network.heads(clip, generator, labelled, decode_all=decode_all)
+        scalars = self.objective(output, label, clip if decode_all else clip[:labelled], flow)
+        if self.network.discriminator is None:
+            return scalars
         domains = self.network.discriminator(output.pooled, self.reversal)
-        scalars["loss/domain"], scalars["domain/accuracy"] = domain_loss(domains, len(label))
+        scalars["loss/domain"], scalars["domain/accuracy"] = domain_loss(domains, labelled)
         scalars["loss/total"] = scalars["loss/total"] + self.domain_weight * scalars["loss/domain"]
         return scalars
 
@@ -176,9 +183,14 @@ class Engine:
         seed = hash64(self.config.train.seed, step, number) % 2**63
         generator = torch.Generator(self.ranks.device).manual_seed(seed)
         stream = self.config.model.input
-        flow = batch.flow if "flow" in self.config.decoders else None
-        unlabelled = () if target is None else (target.stream(stream),)
-        scalars = self.deepspeed(batch.stream(stream), flow, batch.label, generator, *unlabelled)
+        clip, flow = batch.stream(stream), batch.flow if "flow" in self.config.decoders else None
+        decode_all = target is not None and self.config.target.decode
+        if target is not None:
+            clip = torch.cat([clip, target.stream(stream)])
+            if decode_all and flow is not None:
+                assert target.flow is not None
+                flow = torch.cat([flow, target.flow])
+        scalars = self.deepspeed(clip, flow, batch.label, generator, decode_all=decode_all)
         self.deepspeed.backward(scalars["loss/total"])
         return {name: value.detach() for name, value in scalars.items()}
 

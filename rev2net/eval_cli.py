@@ -44,7 +44,7 @@ examples:
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `rev2net eval`."""
-    _describe(parser, _EVAL)
+    parser.description = _EVAL
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, or one of its checkpoints")
     parser.add_argument("data", metavar="DATA", help="folder that `rev2net prepare` made, or its URL")
     parser.add_argument("--fuse", metavar="CHECKPOINT", help="a second stream, whose scores are averaged in")
@@ -57,15 +57,10 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_splits_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `rev2net splits`."""
-    _describe(parser, _SPLITS)
+    parser.description = _SPLITS
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="one run for each split")
     parser.add_argument("--fuse", metavar="CHECKPOINT", nargs="+", help="the second streams, in the same order")
     _add_protocol(parser)
-
-
-def _describe(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.description = text
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def _add_protocol(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dataloaders.batch import Stream
-from dataloaders.errors import UserError
+from dataloaders.errors import UserError, first_line
 from dataloaders.plan import ClipShape, Views
+from dataloaders.shards import check_output, written_aside
 from dataloaders.transcode import PrepareSettings
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Description(BaseModel):
             Views.parse(description.views)
             PrepareSettings.from_json(description.preparation)
         except (ValidationError, UserError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"the {DESCRIPTION} in {source} is damaged ({reason}): export it again") from None
         return description
 
@@ -116,7 +116,6 @@ class Description(BaseModel):
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `rev2net export`."""
     parser.description = _HELP
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, or one of its checkpoints")
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write, .pt2 or .onnx")
 
@@ -124,23 +123,16 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 def run_export(args: argparse.Namespace) -> int:
     """`rev2net export`."""
     out: Path = args.out
-    if out.suffix not in _FORMATS:
-        raise UserError(f"{out} is neither .pt2 nor .onnx: give the file one of these endings")
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent} is no folder: make it, or write the file elsewhere")
+    check_output(out, tuple(_FORMATS))
     from rev2net import checkpoint
 
     found = checkpoint.find(args.checkpoint)
     network, config, state = checkpoint.load_encoder(found)
     description = Description.of(config, state)
     write, read = _FORMATS[out.suffix]
-    aside = out.with_name(f".{out.stem}.partial{out.suffix}")
-    try:
+    with written_aside(out) as aside:
         write(network, description, aside)
         difference = _check(network, *read(aside))
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
     shape = f"N x {description.channels} x {description.frames} x {description.size} x {description.size}"
     print(
         f"{out}: {out.stat().st_size / 1e6:.1f} MB, {description.network} of {description.checkpoint}\n"
@@ -158,12 +150,12 @@ def _check(network: nn.Module, scorer: Scorer, description: Description) -> floa
         clip = example(description, clips)
         with torch.no_grad():
             expected, given = network(clip), scorer(clip)
+        difference = float((given - expected).abs().max())
         if not torch.allclose(given, expected, rtol=TOLERANCE, atol=TOLERANCE):
             raise RuntimeError(
-                f"the exported network gives other logits, by {float((given - expected).abs().max()):.1e} for a batch "
-                f"of {clips}: nothing is written"
+                f"the exported network gives other logits, by {difference:.1e} for {clips} clips: nothing is written"
             )
-        largest = max(largest, float((given - expected).abs().max()))
+        largest = max(largest, difference)
     return largest
 
 
@@ -255,9 +247,7 @@ def _refuse_pickles(path: Path) -> None:
             torch.load(io.BytesIO(archive.read_bytes("data/sample_inputs/model.pt")), weights_only=True)
             described = f"extra/{DESCRIPTION}" in names
     except Exception as error:  # the reader's own errors have no common type
-        raise UserError(
-            f"{path} is no .pt2 file of `rev2net export` ({str(error).splitlines()[0][:100]}): export it again"
-        ) from None
+        raise UserError(f"{path} is no .pt2 file of `rev2net export` ({first_line(error)}): export it again") from None
     if odd or not described:
         what = f"holds {odd[0]}" if odd else f"has no {DESCRIPTION}"
         raise UserError(f"{path} {what}, unlike the files of `rev2net export`: export it again")
@@ -270,9 +260,7 @@ def _read_onnx(path: Path) -> tuple[Scorer, Description]:
     try:
         session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
     except Exception as error:  # onnxruntime's errors have no common type
-        raise UserError(
-            f"{path} is no ONNX file that can be run ({str(error).splitlines()[0]}): export it again"
-        ) from None
+        raise UserError(f"{path} is no ONNX file that can be run ({first_line(error)}): export it again") from None
     described = session.get_modelmeta().custom_metadata_map.get(DESCRIPTION)
     if described is None:
         raise UserError(f"{path} has no {DESCRIPTION}, unlike the files of `rev2net export`: export it again")
@@ -284,9 +272,4 @@ def _read_onnx(path: Path) -> tuple[Scorer, Description]:
     return scorer, Description.read(described, str(path))
 
 
-_FORMATS: dict[
-    str, tuple[Callable[[nn.Module, Description, Path], None], Callable[[Path], tuple[Scorer, Description]]]
-] = {
-    ".pt2": (_write_pt2, _read_pt2),
-    ".onnx": (_write_onnx, _read_onnx),
-}
+_FORMATS = {".pt2": (_write_pt2, _read_pt2), ".onnx": (_write_onnx, _read_onnx)}

@@ -37,7 +37,6 @@ examples:
 def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `rev2net predict`."""
     parser.description = _HELP
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",

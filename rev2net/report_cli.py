@@ -26,7 +26,6 @@ examples:
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `rev2net report`."""
     parser.description = _REPORT
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--store",
         metavar="URI",

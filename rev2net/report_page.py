@@ -164,7 +164,8 @@ def _data(table: Mapping[str, Any], report: Report) -> list[Grid]:
 def _parts(training: Run, cell: Cell) -> list[tuple[str, str]]:
     """What a training saw, in words and as the beginning of its parameters."""
     parts = [("training", "data.train")]
-    if cell.wanted.tested_on == "target" and training.params.get("target.adapt") == "True":
+    unlabelled = any(training.params.get(f"target.{use}") == "True" for use in ("adapt", "decode"))
+    if cell.wanted.tested_on == "target" and unlabelled:
         parts.append(("training, without labels", "target.train"))
     return [*parts, ("test", f"{cell.wanted.tested_on}.val")]
 

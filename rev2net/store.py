@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from dataloaders.errors import UserError
+from dataloaders.errors import UserError, first_line
 
 CHANGED = "changed."
 """Before a key, in a tag: its value since a resume under another configuration."""
@@ -169,22 +169,31 @@ def reading(uri: str) -> Iterator[Store]:
             raise _unreadable(uri, error) from None
 
 
+def make_client(uri: str) -> Any:
+    """MLflow's client of a store: quiet, and impatient with a server (MLflow's own patience is minutes)."""
+    for name, value in (
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"),
+    ):
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient  # seconds to import
+
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it tells of every retry
+    return MlflowClient(uri)
+
+
 def connect(uri: str, *, called: str) -> Any:
     """MLflow's client of a store that answers.
 
     Raises:
         UserError: it does not, with the reason; it is `called` so.
     """
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    # MLflow's own patience with a server is minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from mlflow.tracking import MlflowClient  # takes seconds
-
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     try:
-        client = MlflowClient(uri)
+        client = make_client(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # of whatever driver the store needs
         raise _unreadable(called, error) from None
@@ -192,7 +201,7 @@ def connect(uri: str, *, called: str) -> Any:
 
 
 def _unreadable(uri: str, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
+    reason = first_line(error).rstrip(".")
     return UserError(f"MLflow cannot read the store {uri} ({reason}): mend that, or give another store")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,6 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `rev2net sweep`."""
     parser.description = DESCRIPTION
     parser.epilog = _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the experiment")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the file")
     parser.add_argument("--full", action="store_true", help=FULL)
@@ -41,24 +39,22 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_sweep(args: argparse.Namespace) -> int:
     """`rev2net sweep`."""
+    from rev2net.cli import is_first, ui_command
     from rev2net.config import load_config
     from rev2net.grid import Search, sweep_config
 
     config = load_config(args.config, args.overrides)
     search = Search.of(config, full=args.full)
-    first = os.environ.get("RANK", "0") == "0"
     whole = sweep_config(config)
     if args.dry_run:
-        if first:
+        if is_first():
             print(plan(whole, search))
         return 0
     from rev2net.sweep import sweep
 
     ended = sweep(whole, search)
     assert ended is not None  # nobody asks it to stop
-    if first:
-        from rev2net.cli import ui_command
-
+    if is_first():
         others = [word for word in args.overrides if not word.startswith("data.holdout=")]
         print(f"\n{ended.table}\n")
         print(f"winner      {' '.join(ended.winner)}: top-1 {ended.result.top1:.1%} of the clips held out")

@@ -16,9 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dataloaders.errors import first_line
 from rev2net.config import Config
 from rev2net.outbox import Outbox, Row
-from rev2net.store import CHANGED
+from rev2net.store import CHANGED, make_client
 
 log = logging.getLogger("rev2net")
 
@@ -67,7 +68,7 @@ class Tracker:
         self._active = active and config.tracking.enabled
         self._client: Any = None
         self._closing = self._given_up = False
-        self._patience = PATIENCE_SECONDS
+        self._patience, self._ending = PATIENCE_SECONDS, "FINISHED"
         self._changed = threading.Condition()
         self._last: dict[str, int] = {}
         self.run_id = run_id
@@ -84,12 +85,8 @@ class Tracker:
             self._put({"params": params})
             self._put({"text": config.yaml(), "name": "config.yaml"})
         elif changed := params.items() - self._told().items():
-            self._put({"changed": dict(sorted(changed))})  # MLflow's own parameters cannot change
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        # MLflow's own patience is minutes; the thread has its own.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+            # MLflow's own parameters cannot change.
+            self.tags({CHANGED + key: value for key, value in sorted(changed)})
         self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
         self._thread.start()
 
@@ -129,9 +126,10 @@ class Tracker:
             self._changed.wait_for(lambda: not len(self._outbox), self._patience)
         self._patience = max(0.0, self._patience - (time.monotonic() - begin))
 
-    def hurry(self) -> None:
-        """Have little patience from now on: whoever calls cannot wait."""
+    def interrupt(self) -> None:
+        """The training stops before its end: the run is KILLED until it goes on, and nobody can wait long."""
         self._patience = min(self._patience, HURRY_SECONDS)
+        self._ending = "KILLED"
 
     def __enter__(self) -> Tracker:
         return self
@@ -139,13 +137,13 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the run: FINISHED, or FAILED where an exception passes."""
-        self._put({"status": "FINISHED" if kind is None else "FAILED"})
+        """Close the run: FINISHED, KILLED after `interrupt`, FAILED where an exception passes."""
+        self._put({"status": self._ending if kind is None else "FAILED"})
         self.close()
 
     def fail(self) -> None:
         """Close the run as FAILED, in a hurry; from any thread."""
-        self.hurry()
+        self._patience = min(self._patience, HURRY_SECONDS)
         self._put({"status": "FAILED"})
         self.close()
 
@@ -171,7 +169,8 @@ class Tracker:
         """The parameters of the start before this one."""
         told: dict[str, str] = {}
         for row in self._outbox.rows:
-            told |= {**row.get("params", {}), **row.get("changed", {})}
+            tags = row.get("tags", {}).items()
+            told |= row.get("params", {}) | {k.removeprefix(CHANGED): v for k, v in tags if k.startswith(CHANGED)}
         return told
 
     def _put(self, row: Row) -> None:
@@ -201,11 +200,11 @@ class Tracker:
                 self._client = None
                 if refused < TRIES:
                     if not away:
-                        log.warning("MLflow at %s fails, training goes on: %s", self.uri, _first_line(error))
+                        log.warning("MLflow at %s fails, training goes on: %s", self.uri, first_line(error))
                     away = True
                     time.sleep(RETRY_SECONDS)
                     continue
-                log.warning("MLflow at %s refuses an entry, which is dropped: %s", self.uri, _first_line(error))
+                log.warning("MLflow at %s refuses an entry, which is dropped: %s", self.uri, first_line(error))
             else:
                 if away:
                     log.info("MLflow at %s answers again", self.uri)
@@ -224,9 +223,6 @@ class Tracker:
         elif "params" in row:
             params = [Param(key, value) for key, value in row["params"].items()]
             self._client.log_batch(self.run_id, params=params)
-        elif "changed" in row:
-            tags = [RunTag(CHANGED + key, value) for key, value in row["changed"].items()]
-            self._client.log_batch(self.run_id, tags=tags)
         elif "tags" in row:
             self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in row["tags"].items()])
         elif "text" in row:
@@ -239,11 +235,7 @@ class Tracker:
 
     def _connect(self) -> Any:
         """Find the run or make it; MLflow's client."""
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it tells of every retry
-        from mlflow.tracking import MlflowClient  # seconds to import, and only rank 0 needs it
-
-        client = MlflowClient(self.uri)
+        client = make_client(self.uri)
         if self.run_id is None or not self._has(client, self.run_id):
             self.run_id = self._create(client)
         self._outbox.address(self.uri, self.run_id)
@@ -277,10 +269,6 @@ class Tracker:
         if config.tracking.parent is not None:
             tags["mlflow.parentRunId"] = config.tracking.parent
         return str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def tracking_uri(config: Config) -> str:

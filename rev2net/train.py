@@ -144,7 +144,7 @@ class TrainingRun:
             facts=self._facts(fresh=state is None),
         )
         self.loaders = [train_loader(self.data, config, self.ranks, self.step)]
-        if self.target is not None and config.target.dann:
+        if self.target is not None and config.target.trained_on:
             # Both start at the same step, so that every rank's batches are paired whenever it starts.
             self.loaders.append(train_loader(self.target, config, self.ranks, self.step, of_target=True))
         self.log = StepLog(
@@ -218,7 +218,7 @@ class TrainingRun:
             self.ranks.device.type,
             self._parameters / 1e6,
         )
-        if self.target is not None and self.config.target.dann:
+        if self.target is not None and self.config.target.trained_on:
             clips = self.target.num_samples(self.config.target.train_split)
             log.info("adapting to %s: %d clips without labels", self.target.location, clips)
         warning = conv3d_warning(torch.__version__, torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
@@ -446,7 +446,7 @@ class TrainingRun:
         if finished:
             self.tracker.flush()
         else:
-            self.tracker.hurry()  # the job is about to be requeued, or killed
+            self.tracker.interrupt()  # the job is about to be requeued, or killed
         result = TrainResult(
             step=self.step,
             finished=finished,

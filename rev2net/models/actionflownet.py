@@ -210,16 +210,12 @@ class ActionFlowNet(Network):
         self.clip = clip
         self.decoder = FlowDecoder(encoder.channels, clip)
 
-    def heads(self, clip: Tensor, generator: torch.Generator | None = None, labelled: int | None = None) -> Heads:
-        """Classification and flow; see `Network.heads`. The clips have the size given at construction.
-
-        The decoder is for the labelled clips alone: the others only meet the domain discriminator.
-        """
+    def _heads(self, clip: Tensor, generator: torch.Generator | None, decoded: int | None) -> Heads:
         logits, pooled, volumes = self.encoder.features(clip, generator)
-        flows = self.decoder(tuple(volume[:labelled] for volume in volumes))
+        flows = self.decoder(tuple(volume[:decoded] for volume in volumes))
         # Its loss has the flows as they are: the full size is for who looks at them.
         flow = None if self.training else F.interpolate(flows[-1], self.clip, mode="trilinear", align_corners=False)
-        return Heads(logits=logits[:labelled], pooled=pooled, flow=flow, flows=flows)
+        return Heads(logits=logits, pooled=pooled, flow=flow, flows=flows)
 
 
 def multiscale_epe(flows: Sequence[Tensor], target: Tensor, weights: Sequence[float] = SCALE_WEIGHTS) -> Tensor:

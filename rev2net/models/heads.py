@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +30,17 @@ class Latent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
-    """What one training step's forward pass gives to the objective. N counts the labelled clips.
+    """What one training step's forward pass gives to the objective. N counts the labelled clips, D those decoded.
 
     Attributes:
         logits: N x num_classes.
         pooled: what the domain discriminator reads, M x feature_channels; M counts the unlabelled clips too.
-        flow: N 2 T H W, predicted flow in units of 20 pixels, or None without a flow decoder.
-        frames: N 3 T H W in [-1, 1], the reconstruction of the clip in reversed order, or None.
+        flow: D 2 T H W, predicted flow in units of 20 pixels, or None without a flow decoder.
+        frames: D 3 T H W in [-1, 1], the reconstruction of the clip in reversed order, or None.
         flow_latent, frame_latent: the Gaussians (mu1, sigma1) and (mu2, sigma2), or None.
         flow_features, frame_features: the decoders' hidden volumes, low resolution first, layer by layer of
             the same shape in both; empty without the decoder.
-        flows: predicted flow at several sizes (N 2 t h w, coarse first); `flow` is the last of them,
+        flows: predicted flow at several sizes (D 2 t h w, coarse first); `flow` is the last of them,
             resized, in evaluation mode.
         scale_logits: logits (N x num_classes each) that have a cross-entropy of their own (OFF).
     """
@@ -75,14 +75,28 @@ class Network(nn.Module):
         """N C T H W -> N x num_classes, by the encoder alone."""
         return self.encoder(clip)  # type: ignore[no-any-return]
 
-    def heads(self, clip: Tensor, generator: torch.Generator | None = None, labelled: int | None = None) -> Heads:
+    def heads(
+        self,
+        clip: Tensor,
+        generator: torch.Generator | None = None,
+        labelled: int | None = None,
+        *,
+        decode_all: bool = False,
+    ) -> Heads:
         """Every head that was built, for the objective.
 
         Args:
             clip: M C T H W, the labelled clips first.
             generator: where dropout and latent noise draw from.
-            labelled: how many are labelled, None for all; the others only get `pooled`.
+            labelled: how many are labelled, None for all; the others get no logits.
+            decode_all: whether the decoders see the others too.
         """
+        output = self._heads(clip, generator, None if decode_all else labelled)
+        logits, scales = output.logits[:labelled], tuple(logits[:labelled] for logits in output.scale_logits)
+        return replace(output, logits=logits, scale_logits=scales)
+
+    def _heads(self, clip: Tensor, generator: torch.Generator | None, decoded: int | None) -> Heads:
+        """The same with logits of all clips; the decoders see the first `decoded` ones, all where it is None."""
         raise NotImplementedError
 
 
@@ -93,11 +107,7 @@ class EncoderOnly(Network):
         super().__init__()
         self.encoder = encoder
 
-    def heads(self, clip: Tensor, generator: torch.Generator | None = None, labelled: int | None = None) -> Heads:
-        """Logits, features and, where the encoder has them, the logits of its scales."""
+    def _heads(self, clip: Tensor, generator: torch.Generator | None, decoded: int | None) -> Heads:
         features = self.encoder.features(clip, generator)  # type: ignore[operator]
-        return Heads(
-            logits=features.logits[:labelled],
-            pooled=features.pooled,
-            scale_logits=tuple(logits[:labelled] for logits in getattr(features, "scale_logits", ())),
-        )
+        scales = getattr(features, "scale_logits", ())
+        return Heads(logits=features.logits, pooled=features.pooled, scale_logits=scales)

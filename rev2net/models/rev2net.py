@@ -221,13 +221,10 @@ class Rev2Net(Network):
             for conv in (latents.mu, latents.logvar):
                 nn.init.normal_(conv.weight, std=0.1 / conv.in_channels**0.5)
 
-    def heads(self, clip: Tensor, generator: torch.Generator | None = None, labelled: int | None = None) -> Heads:
-        """Every head that was built; see `Network.heads`. In evaluation mode the latent means are used.
-
-        The decoders are for the labelled clips too: the others only meet the domain discriminator.
-        """
+    def _heads(self, clip: Tensor, generator: torch.Generator | None, decoded: int | None) -> Heads:
+        # In evaluation mode the latent means are used.
         logits, pooled, low, high = self.encoder.features(clip, generator)
-        logits, low, high = logits[:labelled], low[:labelled], high[:labelled]
+        low, high = low[:decoded], high[:decoded]
         flow = frames = flow_latent = frame_latent = None
         flow_features: tuple[Tensor, ...] = ()
         frame_features: tuple[Tensor, ...] = ()

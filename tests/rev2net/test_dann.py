@@ -90,16 +90,38 @@ def test_the_labels_of_the_target_reach_nothing() -> None:
     source, target = torch.rand(2, 3, 8, 32, 32), torch.rand(2, 3, 8, 32, 32)
     label = torch.tensor([0, 3])
 
-    def gradients(unlabelled: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def gradients(*clips: torch.Tensor) -> dict[str, torch.Tensor]:
         network.zero_grad()
-        step(source, None, label, torch.Generator(), unlabelled)["loss/total"].backward()
+        step(torch.cat(clips), None, label, torch.Generator())[
+            "loss/ce" if len(clips) == 1 else "loss/total"
+        ].backward()
         return {n: p.grad.clone() for n, p in network.encoder.named_parameters()}
 
-    alone, with_target = gradients(None), gradients(target)
+    alone, with_target = gradients(source), gradients(source, target)
     assert all(torch.allclose(alone[name], with_target[name], atol=1e-7) for name in alone)
     step.reversal = 1.0
-    reversed_ = gradients(target)
+    reversed_ = gradients(source, target)
     assert not torch.allclose(alone["Mixed_5c.b0.conv3d.weight"], reversed_["Mixed_5c.b0.conv3d.weight"], atol=1e-7)
+
+
+def test_decoders_may_learn_from_the_target() -> None:
+    """Each of their losses is then the mean over both domains, and the label's loss is as it was."""
+    torch.manual_seed(0)
+    tree = config(model={"width": 0.125, "dropout": 0.0}, loss={"ddp": "both"}, target={"path": "b", "decode": True})
+    network = build_network(tree, 4).eval()
+    step = TrainingStep(network, tree.loss.objective(), 1.0)
+    source, target = torch.rand(2, 3, 8, 32, 32), torch.rand(2, 3, 8, 32, 32)
+    flows, label = torch.rand(4, 2, 8, 32, 32), torch.tensor([0, 3])
+    with torch.no_grad():
+        for weight in (network.flow_output.flow.weight, network.frame_output.up.weight):
+            weight.normal_()  # they start at nothing: the same for every clip
+        both = step(torch.cat([source, target]), flows, label, torch.Generator(), decode_all=True)
+        one = step(torch.cat([source, target]), flows[:2], label, torch.Generator())
+        other = step(torch.cat([target, source]), flows[2:], label, torch.Generator())
+    assert both["loss/ce"] == one["loss/ce"] != other["loss/ce"]
+    for name in ("loss/flow", "loss/frame", "loss/ddp_high", "loss/ddp_low"):
+        assert one[name] != other[name]
+        torch.testing.assert_close(both[name], (one[name] + other[name]) / 2, rtol=1e-4, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +155,8 @@ def test_source_and_target_are_paired_on_every_number_of_ranks_and_after_a_resum
 
 
 def test_p4_a_resumed_adaptation_is_bit_equal(tiny_data: Path, tmp_path: Path) -> None:
-    """Encoder, discriminator and the factor of the reversal go on as if nothing had happened."""
-    words = [*TINY, "model.name=i3d", "loss.ddp=none", f"data.path={tiny_data}", f"target.path={tiny_data}"]
+    """Encoder, discriminator, the factor of the reversal and what is decoded go on as if nothing had happened."""
+    words = [*TINY, f"data.path={tiny_data}", f"target.path={tiny_data}", "target.decode=true", "loss.ddp_low_from=0"]
     words += ["target.hidden=32", "train.duration=4steps", "tracking.enabled=false"]
     whole, parts = (load_config("configs/demo.yaml", [*words, f"output={tmp_path / n}"]) for n in ("whole", "parts"))
     stops = iter([False, True])
@@ -157,3 +179,8 @@ def test_p12_a_target_that_does_not_fit_is_one_sentence(two: tuple[DataSet, Data
     flow = {"model": {"name": "i3d", "input": "flow"}, "target": {**target, "path": str(plain.folder)}}
     with pytest.raises(UserError, match=r"without flow, which model\.input=flow needs"):
         open_target(config(**flow), plain.classes)
+    decoded = {"model": {}, "loss": {}, "target": {**target, "path": str(plain.folder), "decode": True}}
+    with pytest.raises(UserError, match=r"without flow, which the flow decoder of rev2net needs"):
+        open_target(config(**decoded), plain.classes)
+    with pytest.raises(UserError, match=r"target\.decode=true is for the decoders, but model\.name=i3d has none"):
+        config(target={**target, "decode": True})

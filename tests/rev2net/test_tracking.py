@@ -107,7 +107,7 @@ def test_what_a_resume_changes_in_the_configuration_is_a_tag(tmp_path: Path) -> 
     assert changed == {"changed.train.duration": "5steps", "changed.train.steps": "5"}
     assert run.data.params["train.duration"] == "240steps" and run.data.params["train.steps"] == "240"
     rows = (tmp_path / "run" / "outbox.jsonl").read_text().splitlines()
-    assert sum('"changed"' in row for row in rows) == 1
+    assert sum('"changed.' in row for row in rows) == 1
 
 
 def test_a_new_training_in_the_same_folder_starts_an_empty_run(tmp_path: Path) -> None:
@@ -144,6 +144,23 @@ def test_an_entry_that_the_store_refuses_does_not_hold_up_the_others(
     assert tracker.run_id is not None
     run = MlflowClient(tracker.uri).get_run(tracker.run_id)
     assert run.info.status == "FINISHED" and run.data.params["model.name"] == "rev2net"
+
+
+def test_an_interrupted_run_is_killed_until_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "HURRY_SECONDS", 60.0)
+
+    def status() -> str:
+        assert tracker.run_id is not None
+        return str(MlflowClient(tracker.uri).get_run(tracker.run_id).info.status)
+
+    with Tracker(configuration(tmp_path), active=True) as tracker:
+        tracker.interrupt()
+    assert status() == "KILLED"
+    with Tracker(configuration(tmp_path), active=True, resumed=True) as tracker:
+        tracker.metrics({"x": 1.0}, 1)
+        tracker.flush()
+        assert status() == "RUNNING"
+    assert status() == "FINISHED"
 
 
 def test_a_damaged_outbox_costs_what_is_damaged(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""What the benchmarks that train share: running commands, data sets, rows that sittings add up, their tables."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+_OPTIONS = ("--codec", "vp9", "--short-side", "128")
+
+
+def command(*words: str | Path, log: Path | None = None) -> None:
+    """Run a command of the project, output to the terminal or added to a file."""
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with contextlib.nullcontext() if log is None else log.open("a") as out:
+        subprocess.run([str(w) for w in words], check=True, cwd=ROOT, env=env, stdout=out, stderr=out)
+
+
+def generated(clips: Path, data: Path, *options: str) -> Path:
+    """`data`, prepared once from clips that `rev2net synth` renders with these options."""
+    command("rev2net", "synth", clips, *options)
+    command("rev2net", "prepare", "folder", clips, data, *_OPTIONS)
+    return data
+
+
+def real(name: str, data: Path) -> Path:
+    """`data`, prepared once from a folder of real clips and its lists."""
+    command("rev2net", "prepare", "list", SHARED / "annotations" / name, data, "--root", SHARED / "videos", *_OPTIONS)
+    return data
+
+
+def logged(output: Path, name: str) -> list[float]:
+    """The values of a metric that a training has logged, from its outbox for MLflow."""
+    entries = [json.loads(line) for line in (output / "outbox.jsonl").read_text().splitlines()]
+    return [entry["values"][name] for entry in entries if name in entry.get("values", {})]
+
+
+def rows(log: Path) -> list[dict[str, Any]]:
+    """The rows written so far."""
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+
+
+def keep(made: Iterable[dict[str, Any]], log: Path, file: Path, page: Callable[[list[dict[str, Any]]], str]) -> None:
+    """Add each row to the log as it comes, and write the page anew; without rows the page alone."""
+    for row in made:
+        with log.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+        file.write_text(page(rows(log)))
+    file.write_text(page(rows(log)))
+
+
+def each_run(found: Sequence[dict[str, Any]]) -> list[str]:
+    """A Markdown table of everything that the rows say."""
+    columns = list(dict.fromkeys(key for row in found for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return lines + ["| " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for row in found]

@@ -1,0 +1,39 @@
+"""`make claims`: the order of its runs, and what its page says of rows."""
+
+from __future__ import annotations
+
+import sys
+
+from tiny import ROOT
+
+sys.path.insert(0, f"{ROOT}/benchmarks")
+import claims
+
+
+def rows(**gains: float) -> list[dict[str, object]]:
+    """Three seeds and two directions, each a point better than the one before; the systems differ by `gains`."""
+    return [
+        {"run": f"dann/{task}/{system}/{seed}", "date": "2026-01-01", "seconds": 3600, "source": 0.9, "ce": 0.25,
+         "target": 0.5 + 0.01 * seed + gain * (1 + 0.1 * seed)}
+        for seed in range(3) for task in claims.DIRECTIONS for system, gain in gains.items()
+    ]  # fmt: skip
+
+
+def test_the_runs_that_matter_most_come_first_and_none_comes_twice() -> None:
+    names = [run.name for run in claims.plan()]
+    assert len(set(names)) == len(names)
+    assert names[:3] == ["dann/a-b/i3d/0", "dann/a-b/rev2net/0", "dann/a-b/no-ddp/0"]
+    assert all(name.split("/")[2] in claims.MAIN and name.startswith("dann") for name in names[:30])
+    assert names.index("real/weizmann/i3d/0") > names.index("dann/a-b/tsn-both/2")
+
+
+def test_the_page_says_who_is_ahead_by_paired_differences() -> None:
+    text = claims.page(rows(i3d=0.0, rev2net=0.1, **{"no-ddp": -0.1}))
+    assert "18 of " in text and "3 seeds, 18.0 hours of one core" in text
+    assert "| I3D | 51.0 ± 0.6 | 90.0 ± 0.0 | 0.25 | 51.0 ± 0.6 | 90.0 ± 0.0 | 0.25 | 3/3 |" in text
+    assert "| Rev2Net less I3D | 11.0 ± 0.4 | 6 | ahead, by more than two standard errors |" in text
+    assert "| Rev2Net without DDP less I3D | -11.0 ± 0.4 | 6 | behind, by more than two standard errors |" in text
+    assert "| without flow decoder less I3D | not run | 0 | 0 pairs, which is too few to say |" in text
+    assert "| TSN, RGB | not run | not run | 0/0 |" in text
+    level = claims.page(rows(i3d=0.0, rev2net=0.0))
+    assert "| Rev2Net less I3D | 0.0 ± 0.0 | 6 | no difference beyond two standard errors |" in level
