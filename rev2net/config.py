@@ -102,6 +102,11 @@ class ModelConfig(Section):
     dropout: float = Field(0.5, ge=0, lt=1)
     flow_decoder: bool = True
     frame_decoder: bool = True
+    decoder_channels: int = Field(32, gt=0, description="of the decoders' hidden layers")
+    decoder_skip: Literal["both", "flow", "frame", "none"] = Field(
+        "both", description="decoders that read the low-level volume, Conv3d_2c, beside their latents"
+    )
+    latent_noise: bool = Field(True, description="draw the latents in training; false = decode their means")
     imagenet: str | None = Field(
         None, description="torchvision's ImageNet weights: a file, or auto = the one in torch.hub's cache"
     )
@@ -139,6 +144,9 @@ class LossConfig(Section):
     ddp_low_from: str | int = Field(
         0, description="duration without the low-level penalty, which then grows over as long again"
     )
+    fade_from: str | int | None = Field(
+        None, description="duration after which alpha, beta and the lambdas fall, to nothing at the end; null = never"
+    )
     alpha: float = Field(0.01, ge=0)
     beta: float = Field(0.1, ge=0)
     lambda_flow: float = Field(0.1, ge=0)
@@ -147,10 +155,11 @@ class LossConfig(Section):
     ddp_low_reduction: Reduction = "rms"
     ddp_high_reduction: KLReduction = "sum"
 
-    def objective(self, ddp_low: float = 1.0) -> Objective:
-        """The callable objective with these weights, beta multiplied with `ddp_low`."""
-        settings = self.model_dump(exclude={"ddp_low_from"})
-        return Objective(**{**settings, "beta": self.beta * ddp_low})
+    def objective(self, ddp_low: float = 1.0, auxiliary: float = 1.0) -> Objective:
+        """The callable objective, the weights multiplied with `auxiliary`, beta also with `ddp_low`."""
+        settings = self.model_dump(exclude={"ddp_low_from", "fade_from"})
+        shares = {"alpha": 1.0, "beta": ddp_low, "lambda_flow": 1.0, "lambda_im": 1.0}
+        return Objective(**settings | {name: settings[name] * share * auxiliary for name, share in shares.items()})
 
 
 class OptimConfig(Section):
@@ -230,6 +239,7 @@ _ONLY_FOR = {
     ("width",): ("rev2net", "i3d", "actionflownet"),
     ("activation_checkpointing",): ("rev2net", "i3d"),
     ("flow_decoder", "frame_decoder"): ("rev2net", "i3d"),  # an i3d has none, whatever they say
+    ("decoder_channels", "decoder_skip", "latent_noise"): ("rev2net",),
     ("backbone", "partial_bn"): IMAGES,
 }
 
@@ -326,6 +336,8 @@ class Config(Section):
         for field, value in (("warmup", self.optim.warmup), *(("milestones", m) for m in self.optim.milestones)):
             parse_duration(value, f"optim.{field}")
         parse_duration(self.loss.ddp_low_from, "loss.ddp_low_from")
+        if self.loss.fade_from is not None:
+            parse_duration(self.loss.fade_from, "loss.fade_from")
 
     @property
     def decoders(self) -> tuple[str, ...]:

@@ -261,9 +261,9 @@ class Engine:
         """Factor of the domain discriminator's reversed gradient in the coming step."""
         self.step_module.reversal = factor
 
-    def set_ddp_low(self, share: float) -> None:
-        """Share of `loss.beta`, the weight of the low-level penalty, in the coming step's loss."""
-        self.step_module.objective = self.config.loss.objective(share)
+    def set_shares(self, ddp_low: float, auxiliary: float) -> None:
+        """Shares of `loss.beta`, the weight of the low-level penalty, and of all weights in the coming step's loss."""
+        self.step_module.objective = self.config.loss.objective(ddp_low, auxiliary)
 
 
 def build_engine(config: Config, ranks: Ranks, network: Network) -> Engine:

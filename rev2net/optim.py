@@ -86,3 +86,8 @@ def build_schedule(config: Config, *, total: int, epoch_samples: int) -> Schedul
 def growing(step: int, start: int) -> float:
     """0 before step `start` (counted from 0), then linearly up to 1 over as many steps again; 1 if `start` is 0."""
     return min(1.0, max(0.0, (step + 1 - start) / start)) if start else 1.0
+
+
+def fading(step: int, start: int, total: int) -> float:
+    """1 up to step `start` (counted from 0), then linearly down to the last step's 1 / (total - start)."""
+    return min(1.0, (total - step) / (total - start)) if step > start else 1.0

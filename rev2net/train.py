@@ -31,7 +31,7 @@ from rev2net.models.build import build_network
 from rev2net.models.dann import reversal_factor
 from rev2net.models.heads import Network
 from rev2net.models.imagenet import load_weights
-from rev2net.optim import Schedule, build_schedule, growing
+from rev2net.optim import Schedule, build_schedule, fading, growing
 from rev2net.outbox import run_of
 from rev2net.progress import Profile, StepLog
 from rev2net.tracking import Tracker
@@ -122,6 +122,8 @@ class TrainingRun:
         self._in_steps = partial(to_steps, global_batch=batch, epoch_samples=samples)
         self.total = self._in_steps(config.train.duration, "train.duration")
         self.ddp_low_from = self._in_steps(config.loss.ddp_low_from, "loss.ddp_low_from")
+        fade_from = config.loss.fade_from
+        self.fade_from = self.total if fade_from is None else self._in_steps(fade_from, "loss.fade_from")
         self.schedule: Schedule = build_schedule(config, total=self.total, epoch_samples=samples)
         self.folder = Path(config.output) / "checkpoints"
         join(self.ranks, config.train.threads)
@@ -234,7 +236,7 @@ class TrainingRun:
             The scalars averaged over the global batch (empty for a skipped step), and if any rank wants to stop.
         """
         self.engine.set_rate(self.schedule.rate(self.step))
-        self.engine.set_ddp_low(growing(self.step, self.ddp_low_from))
+        self.engine.set_shares(growing(self.step, self.ddp_low_from), fading(self.step, self.fade_from, self.total))
         self.engine.set_reversal(reversal_factor(self.step, self.total))
         sums: dict[str, Tensor] = {}
         keys: list[str] = []

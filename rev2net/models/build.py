@@ -61,7 +61,15 @@ def build_network(config: Config, num_classes: int) -> Network:
     network: Network
     if isinstance(encoder, I3D):
         decoders = config.decoders
-        network = Rev2Net(encoder, clip, flow_decoder="flow" in decoders, frame_decoder="frame" in decoders)
+        network = Rev2Net(
+            encoder,
+            clip,
+            flow_decoder="flow" in decoders,
+            frame_decoder="frame" in decoders,
+            hidden=config.model.decoder_channels,
+            skips={"both": ("flow", "frame"), "none": ()}.get(config.model.decoder_skip, (config.model.decoder_skip,)),
+            noise=config.model.latent_noise,
+        )
     elif isinstance(encoder, R3D18):
         network = ActionFlowNet(encoder, clip)
     else:

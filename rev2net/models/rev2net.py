@@ -6,7 +6,7 @@ Only the encoder is left at test time; everything else in this file exists durin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from rev2net.models.heads import Heads, Latent, Network
 from rev2net.models.i3d import BN_EPS, BN_MOMENTUM, I3D, Size3
 
 HIDDEN = 32
-"""Channels of every hidden decoder layer: the paper wants the decoders weak, so that the encoder has to learn."""
+"""Channels of hidden decoder layers: the paper wants the decoders weak, so that the encoder has to learn."""
 
 LATENT = 128
 """Channels of each latent volume."""
@@ -86,13 +86,13 @@ class Latents(nn.Module):
 class HighDecoder(nn.Module):
     """The high-level part of a decoder: three transposed convolutions from the latents to the `low` volume."""
 
-    def __init__(self, sizes: tuple[Size3, Size3, Size3, Size3]) -> None:
+    def __init__(self, sizes: tuple[Size3, Size3, Size3, Size3], hidden: int) -> None:
         super().__init__()
-        channels = (LATENT, HIDDEN, HIDDEN, HIDDEN)
+        channels = (LATENT, hidden, hidden, hidden)
         self.up = nn.ModuleList(
             UpConv3d(channels[i], channels[i + 1], sizes[i], sizes[i + 1], bias=False) for i in range(3)
         )
-        self.norm = nn.ModuleList(NormReLU(HIDDEN) for _ in range(3))
+        self.norm = nn.ModuleList(NormReLU(hidden) for _ in range(3))
 
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:
         """N 128 t h w -> the three stages, the last of the size of `low` (N 32 T/2 H/4 W/4)."""
@@ -106,9 +106,9 @@ class HighDecoder(nn.Module):
 class FlowOutput(nn.Module):
     """Second low-level layer of the flow decoder: N 32 T/2 H/2 W/2 -> N 2 T H W."""
 
-    def __init__(self, source: Size3, clip: Size3) -> None:
+    def __init__(self, hidden: int, source: Size3, clip: Size3) -> None:
         super().__init__()
-        self.flow = UpConv3d(HIDDEN, 2, source, clip, bias=True)
+        self.flow = UpConv3d(hidden, 2, source, clip, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Predicted flow in units of 20 pixels, not bounded."""
@@ -123,11 +123,11 @@ class FrameOutput(nn.Module):
     transposed convolution, channel 3 the mask's.
     """
 
-    def __init__(self, source: Size3, clip: Size3) -> None:
+    def __init__(self, hidden: int, source: Size3, clip: Size3) -> None:
         super().__init__()
         self.clip = clip
-        self.up = UpConv3d(HIDDEN, 4, source, clip, bias=True)
-        self.background = nn.Conv3d(HIDDEN, 3, (1, 3, 3), padding=(0, 1, 1))
+        self.up = UpConv3d(hidden, 4, source, clip, bias=True)
+        self.background = nn.Conv3d(hidden, 3, (1, 3, 3), padding=(0, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """N 32 T/2 H/2 W/2 -> N 3 T H W in [-1, 1]."""
@@ -149,6 +149,9 @@ class Rev2Net(Network):
         clip: (T, H, W) of the training clips; the sizes of the decoders' stages follow from it.
         flow_decoder: learn to predict the optical flow.
         frame_decoder: learn to reconstruct the clip in reversed order.
+        hidden: channels of the decoders' hidden layers.
+        skips: the decoders ("flow", "frame") that read the low-level volume, Conv3d_2c, beside their latents.
+        noise: draw the latents in training; else the decoders get their means.
 
     Raises:
         ValueError: the clip's size does not fit the strides.
@@ -156,7 +159,17 @@ class Rev2Net(Network):
 
     encoder: I3D
 
-    def __init__(self, encoder: I3D, clip: Size3, *, flow_decoder: bool = True, frame_decoder: bool = True) -> None:
+    def __init__(
+        self,
+        encoder: I3D,
+        clip: Size3,
+        *,
+        flow_decoder: bool = True,
+        frame_decoder: bool = True,
+        hidden: int = HIDDEN,
+        skips: Collection[str] = ("flow", "frame"),
+        noise: bool = True,
+    ) -> None:
         super().__init__()
         frames, height, width = clip
         if frames % 8 or frames < 8 or min(height, width) < 32 or height % 4 or width % 4:
@@ -170,23 +183,25 @@ class Rev2Net(Network):
         high = ceil_div(clip, encoder.high_stride)
         stages = (high, ceil_div(clip, (4, 16, 16)), ceil_div(clip, (2, 8, 8)), low)
         half: Size3 = (low[0], low[1] * 2, low[2] * 2)
-        decoders = int(flow_decoder) + int(frame_decoder)
-        if decoders:
+        self.hidden, self.noise = hidden, noise
+        decoders = (("flow", flow_decoder), ("frame", frame_decoder))
+        self.skips = tuple(name for name, on in decoders if on and name in skips)
+        if self.skips:
             # The convolution over [decoder's volume, Conv3d_2c] is the sum of one over each part, and the part
             # over Conv3d_2c, by far the larger, is one call for both decoders.
-            self.skip = UpConv3d(encoder.low_channels, HIDDEN * decoders, low, half, bias=False)
+            self.skip = UpConv3d(encoder.low_channels, hidden * len(self.skips), low, half, bias=False)
         if flow_decoder:
             self.flow_latents = Latents(encoder.high_channels)
-            self.flow_high = HighDecoder(stages)
-            self.flow_low = UpConv3d(HIDDEN, HIDDEN, low, half, bias=False)
-            self.flow_norm = NormReLU(HIDDEN)
-            self.flow_output = FlowOutput(half, clip)
+            self.flow_high = HighDecoder(stages, hidden)
+            self.flow_low = UpConv3d(hidden, hidden, low, half, bias=False)
+            self.flow_norm = NormReLU(hidden)
+            self.flow_output = FlowOutput(hidden, half, clip)
         if frame_decoder:
             self.frame_latents = Latents(encoder.high_channels)
-            self.frame_high = HighDecoder(stages)
-            self.frame_low = UpConv3d(HIDDEN, HIDDEN, low, half, bias=False)
-            self.frame_norm = NormReLU(HIDDEN)
-            self.frame_output = FrameOutput(half, clip)
+            self.frame_high = HighDecoder(stages, hidden)
+            self.frame_low = UpConv3d(hidden, hidden, low, half, bias=False)
+            self.frame_norm = NormReLU(hidden)
+            self.frame_output = FrameOutput(hidden, half, clip)
         self.flow_decoder = flow_decoder
         self.frame_decoder = frame_decoder
         self._initialise()
@@ -222,23 +237,23 @@ class Rev2Net(Network):
                 nn.init.normal_(conv.weight, std=0.1 / conv.in_channels**0.5)
 
     def _heads(self, clip: Tensor, generator: torch.Generator | None, decoded: int | None) -> Heads:
-        # In evaluation mode the latent means are used.
+        # In evaluation mode, and without noise, the latent means are used.
         logits, pooled, low, high = self.encoder.features(clip, generator)
         low, high = low[:decoded], high[:decoded]
         flow = frames = flow_latent = frame_latent = None
         flow_features: tuple[Tensor, ...] = ()
         frame_features: tuple[Tensor, ...] = ()
-        skips = list(self.skip(low).split(HIDDEN, 1)) if self.flow_decoder or self.frame_decoder else []
+        skips = dict(zip(self.skips, self.skip(low).split(self.hidden, 1), strict=True)) if self.skips else {}
         if self.flow_decoder:
             flow_latent = Latent(*self.flow_latents(high))
             stages = self.flow_high(self._draw(flow_latent, generator))
-            shared = self.flow_norm(self.flow_low(stages[-1]) + skips.pop(0))
+            shared = self.flow_norm(self.flow_low(stages[-1]) + skips.get("flow", 0.0))
             flow_features = (*stages, shared)
             flow = self.flow_output(shared)
         if self.frame_decoder:
             frame_latent = Latent(*self.frame_latents(high))
             stages = self.frame_high(self._draw(frame_latent, generator))
-            shared = self.frame_norm(self.frame_low(stages[-1]) + skips.pop(0))
+            shared = self.frame_norm(self.frame_low(stages[-1]) + skips.get("frame", 0.0))
             frame_features = (*stages, shared)
             frames = self.frame_output(shared)
         return Heads(
@@ -253,4 +268,4 @@ class Rev2Net(Network):
         )
 
     def _draw(self, latent: Latent, generator: torch.Generator | None) -> Tensor:
-        return latent.sample(generator) if self.training else latent.mu
+        return latent.sample(generator) if self.training and self.noise else latent.mu

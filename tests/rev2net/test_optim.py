@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from rev2net.config import Config, config_from_tree
+from rev2net.config import Config, LossConfig, config_from_tree
 from rev2net.models import I3D, Rev2Net
-from rev2net.optim import Schedule, build_optimizer, build_schedule, growing
+from rev2net.optim import Schedule, build_optimizer, build_schedule, fading, growing
 
 
 def configured(global_batch: int = 8, **optim: Any) -> Config:
@@ -104,3 +104,13 @@ def test_what_only_training_has_may_learn_at_a_rate_of_its_own() -> None:
 def test_a_penalty_waits_and_then_grows_over_as_long_again() -> None:
     assert [growing(step, 4) for step in range(10)] == [0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
     assert growing(0, 0) == 1
+
+
+def test_what_fades_reaches_nothing_after_the_last_step() -> None:
+    assert [fading(step, 4, 8) for step in range(8)] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert [fading(step, 8, 8) for step in range(8)] == [1] * 8
+
+
+def test_shares_multiply_the_weights_of_the_loss() -> None:
+    halved = LossConfig(alpha=0.01, beta=0.1, lambda_flow=0.2, lambda_im=0.4).objective(ddp_low=0.5, auxiliary=0.5)
+    assert (halved.alpha, halved.beta, halved.lambda_flow, halved.lambda_im) == (0.005, 0.025, 0.1, 0.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -34,10 +35,10 @@ def gmacs(call: Callable[[], object]) -> float:
     return float(counter.get_total_flops() / 2e9)
 
 
-def tiny(clip: Size = (8, 32, 32), *, flow: bool = True, frame: bool = True, seed: int = 0) -> Rev2Net:
+def tiny(clip: Size = (8, 32, 32), *, flow: bool = True, frame: bool = True, seed: int = 0, **options: Any) -> Rev2Net:
     """A network whose output layers are not zero any more, as after some training."""
     torch.manual_seed(seed)
-    network = Rev2Net(I3D(4, width=TINY), clip, flow_decoder=flow, frame_decoder=frame)
+    network = Rev2Net(I3D(4, width=TINY), clip, flow_decoder=flow, frame_decoder=frame, **options)
     draw = generator(0)
     for name in ("flow_output.flow", "frame_output.up", "frame_output.background"):
         if flow if name.startswith("flow") else frame:
@@ -240,6 +241,27 @@ def test_the_two_latents_are_sampled_independently_with_their_own_spread() -> No
     assert first.std().item() == pytest.approx(2.718281828 ** (0.5**0.5), rel=0.02)
     assert second.std().item() == pytest.approx(2.718281828**-4, rel=0.02)
     assert torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1].abs() < 0.03
+
+
+@pytest.mark.parametrize("skips", [(), ("flow",), ("frame",), ("flow", "frame")])
+def test_only_the_decoders_that_skip_read_the_low_level_volume(skips: tuple[str, ...]) -> None:
+    network, clip = tiny(skips=skips, hidden=6).eval(), random_clip(1, (8, 32, 32))
+    before = network.heads(clip)
+    assert {f.shape[1] for f in (*before.flow_features, *before.frame_features)} == {6}
+    if skips:
+        network.skip.register_forward_pre_hook(lambda _, args: (torch.zeros_like(args[0]),))
+    after = network.heads(clip)
+    for name, one, other in (("flow", before.flow, after.flow), ("frame", before.frames, after.frames)):
+        assert one is not None and other is not None
+        assert torch.equal(one, other) == (name not in skips)
+
+
+def test_without_noise_the_decoders_get_the_latent_means() -> None:
+    clip = random_clip(2, (8, 32, 32))
+    for noise in (False, True):
+        network = tiny(noise=noise).train()
+        first, second = (network.heads(clip, generator(seed)) for seed in (0, 1))
+        assert first.flow_features and torch.equal(first.flow_features[0], second.flow_features[0]) == (not noise)
 
 
 def test_the_log_variance_stays_in_its_range_and_in_float32() -> None:
