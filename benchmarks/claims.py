@@ -72,6 +72,10 @@ VARIED: dict[str, tuple[str, tuple[str, ...]]] = {
         "flow decoder alone, on the target too, weight a tenth",
         (*FLOW_ALONE, "target.decode=true", *weights(0.1)),
     ),
+    "flow-decoded-no-skip": (
+        "flow decoder alone, on the target too, without Conv3d_2c",
+        (*FLOW_ALONE, "target.decode=true", "model.decoder_skip=none"),
+    ),
     "thin": ("decoders of 8 channels, not 32", (*REV2NET, "model.decoder_channels=8")),
     "thick": ("decoders of 128 channels, not 32", (*REV2NET, "model.decoder_channels=128")),
     "flow-skip": ("the flow decoder alone reads Conv3d_2c", (*REV2NET, "model.decoder_skip=flow")),
