@@ -90,6 +90,10 @@ VARIED: dict[str, tuple[str, tuple[str, ...]]] = {
 """One thing at a time changed in Rev2Net: what it is, and the overrides."""
 SYSTEMS |= {name: overrides for name, (_, overrides) in VARIED.items()}
 
+LONG = {"i3d-long": "i3d", "rev2net-long": "rev2net", "flow-decoded-long": "flow-decoded"}
+"""The same in twice the steps."""
+SYSTEMS |= {long: (*SYSTEMS[name], f"train.duration={2 * STEPS}steps") for long, name in LONG.items()}
+
 FUSED = {"i3d-both": ("i3d", "i3d-flow"), "tsn-both": ("tsn", "tsn-flow")}
 """Two streams, whose softmax scores are averaged."""
 SHOWN = {
@@ -97,6 +101,8 @@ SHOWN = {
     "no-flow": "without flow decoder", "i3d-flow": "I3D, flow", "tsn": "TSN, RGB", "tsn-flow": "TSN, flow",
     "i3d-both": "I3D, RGB + flow", "tsn-both": "TSN, RGB + flow",
     **{name: what for name, (what, _) in VARIED.items()},
+    "i3d-long": "I3D, 960 steps", "rev2net-long": "Rev2Net, 960 steps",
+    "flow-decoded-long": "flow decoder alone, on the target too, 960 steps",
 }  # fmt: skip
 
 DIRECTIONS = ("a-b", "b-a")
@@ -148,6 +154,7 @@ def plan() -> list[Run]:
         *block("dann", DIRECTIONS, ("tsn", "tsn-flow", "i3d-flow", *FUSED), range(3)),
         *block("real", tuple(REAL), MAIN, range(3)),
         *block("dann", DIRECTIONS, tuple(VARIED), range(3)),
+        *block("dann", DIRECTIONS, tuple(LONG), range(3)),
     ]
 
 
@@ -319,6 +326,9 @@ def page(found: Found) -> str:
     lines += ["## One thing changed in Rev2Net, with DANN", ""]
     lines += table(found, "dann", DIRECTIONS, ("rev2net", *VARIED), ("target", "source", "ce"))
     lines += comparisons(found, [(system, other) for system in VARIED for other in ("rev2net", "i3d")])
+    lines += ["## The same in twice the steps", ""]
+    lines += table(found, "dann", DIRECTIONS, tuple(LONG), ("target", "source", "ce"))
+    lines += comparisons(found, [(system, "i3d-long") for system in ("rev2net-long", "flow-decoded-long")])
     lines += ["## Each run", ""]
     return "\n".join([*lines, *each_run(found)]) + "\n"
 
