@@ -241,12 +241,12 @@ def differences(found: Found, one: str, other: str) -> list[float]:
 
 
 def comparisons(found: Found, pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """A line per pair of systems: their paired differences, and what these say."""
-    lines = ["| | points | pairs | which says |", "|---|---|---|---|"]
+    """A line per pair of systems that both were run: their paired differences, and what these say."""
+    lines = []
     for one, other in pairs:
-        paired = differences(found, one, other)
-        lines.append(f"| {SHOWN[one]} less {SHOWN[other]} | {spread(paired)} | {len(paired)} | {verdict(paired)} |")
-    return [*lines, ""]
+        if paired := differences(found, one, other):
+            lines.append(f"| {SHOWN[one]} less {SHOWN[other]} | {spread(paired)} | {len(paired)} | {verdict(paired)} |")
+    return ["| | points | pairs | which says |", "|---|---|---|---|", *lines, ""] if lines else []
 
 
 def verdict(paired: Sequence[float]) -> str:

@@ -33,7 +33,7 @@ def test_the_page_says_who_is_ahead_by_paired_differences() -> None:
     assert "| I3D | 51.0 ± 0.6 | 90.0 ± 0.0 | 0.25 | 51.0 ± 0.6 | 90.0 ± 0.0 | 0.25 | 3/3 |" in text
     assert "| Rev2Net less I3D | 11.0 ± 0.4 | 6 | ahead, by more than two standard errors |" in text
     assert "| Rev2Net without DDP less I3D | -11.0 ± 0.4 | 6 | behind, by more than two standard errors |" in text
-    assert "| without flow decoder less I3D | not run | 0 | 0 pairs, which is too few to say |" in text
+    assert "| without flow decoder | not run | not run |" in text and "without flow decoder less" not in text
     assert "| TSN, RGB | not run | not run | 0/0 |" in text
     level = claims.page(rows(i3d=0.0, rev2net=0.0))
     assert "| Rev2Net less I3D | 0.0 ± 0.0 | 6 | no difference beyond two standard errors |" in level
