@@ -10,7 +10,6 @@ validation clips. A finished run is never repeated: remove its line from accurac
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -21,7 +20,7 @@ from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
 
-from trainings import ROOT, command, each_run, generated, keep, real, rows
+from trainings import ROOT, asked, command, each_run, generated, keep, real
 
 LOG = ROOT / "benchmarks" / "accuracy.jsonl"
 PAGE = ROOT / "benchmarks" / "accuracy.md"
@@ -188,12 +187,7 @@ def summary(config: str, variant: str, group: Sequence[dict[str, object]]) -> st
 
 def main() -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="runs whose name starts so")
-    parser.add_argument("--page", action="store_true", help="only write the page")
-    args = parser.parse_args()
-    done = {row["run"] for row in rows(LOG)}
-    left = [run for run in plan() if not (args.page or run.name in done) and run.name.startswith(args.only)]
+    left = asked(__doc__, plan(), LOG)
     data = {config: prepared(config) for config in dict.fromkeys(run.config for run in left)}
     keep((train(run, data[run.config]) for run in left), LOG, PAGE, page)
     return 0

@@ -11,7 +11,6 @@ from claims.jsonl for that.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -24,7 +23,7 @@ from typing import Any
 
 from cores import each_on_a_core
 from machine import cpu_facts
-from trainings import ROOT, command, each_run, generated, keep, logged, real, rows
+from trainings import ROOT, asked, command, each_run, generated, keep, logged, real
 
 from dataloaders.locks import lock
 
@@ -101,9 +100,8 @@ SHOWN = {
     "no-flow": "without flow decoder", "i3d-flow": "I3D, flow", "tsn": "TSN, RGB", "tsn-flow": "TSN, flow",
     "i3d-both": "I3D, RGB + flow", "tsn-both": "TSN, RGB + flow",
     **{name: what for name, (what, _) in VARIED.items()},
-    "i3d-long": "I3D, 960 steps", "rev2net-long": "Rev2Net, 960 steps",
-    "flow-decoded-long": "flow decoder alone, on the target too, 960 steps",
 }  # fmt: skip
+SHOWN |= {long: f"{SHOWN[name]}, {2 * STEPS} steps" for long, name in LONG.items()}
 
 DIRECTIONS = ("a-b", "b-a")
 REAL = {"weizmann": "25 % by chance, 12 validation clips", "skateboard": "50 % by chance, 46 validation clips"}
@@ -328,20 +326,14 @@ def page(found: Found) -> str:
     lines += comparisons(found, [(system, other) for system in VARIED for other in ("rev2net", "i3d")])
     lines += ["## The same in twice the steps", ""]
     lines += table(found, "dann", DIRECTIONS, tuple(LONG), ("target", "source", "ce"))
-    lines += comparisons(found, [(system, "i3d-long") for system in ("rev2net-long", "flow-decoded-long")])
+    lines += comparisons(found, [(system, "i3d-long") for system in LONG if system != "i3d-long"])
     lines += ["## Each run", ""]
     return "\n".join([*lines, *each_run(found)]) + "\n"
 
 
 def main() -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="runs whose name starts so")
-    parser.add_argument("--page", action="store_true", help="only write the page")
-    args = parser.parse_args()
-    finished = {row["run"] for row in rows(LOG)}
-    left = [run for run in plan() if run.name not in finished and run.name.startswith(args.only)]
-    left = [] if args.page else left
+    left = asked(__doc__, plan(), LOG)
     prepare(left)
     keep(each_on_a_core(done, left), LOG, PAGE, page)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -9,10 +10,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+class Named(Protocol):
+    """A run with the name that its row has."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+
+R = TypeVar("R", bound=Named)
 
 _OPTIONS = ("--codec", "vp9", "--short-side", "128")
 
@@ -46,6 +57,16 @@ def logged(output: Path, name: str) -> list[float]:
 def rows(log: Path) -> list[dict[str, Any]]:
     """The rows written so far."""
     return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+
+
+def asked(about: str | None, plan: Sequence[R], log: Path) -> list[R]:
+    """Those of the plan that have no row yet and that the command line asks for."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="runs whose name starts so")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    args = parser.parse_args()
+    finished = {row["run"] for row in rows(log)}
+    return [run for run in plan if not (args.page or run.name in finished) and run.name.startswith(args.only)]
 
 
 def keep(made: Iterable[dict[str, Any]], log: Path, file: Path, page: Callable[[list[dict[str, Any]]], str]) -> None:

@@ -22,6 +22,7 @@ from dataloaders.plan import Views
 from dataloaders.remote import CACHE_GB
 from dataloaders.shards import HELD_OUT
 from rev2net.losses import DDP, KLReduction, Objective, Reduction
+from rev2net.models.rev2net import HIDDEN, Skip
 
 
 class Section(BaseModel):
@@ -102,8 +103,8 @@ class ModelConfig(Section):
     dropout: float = Field(0.5, ge=0, lt=1)
     flow_decoder: bool = True
     frame_decoder: bool = True
-    decoder_channels: int = Field(32, gt=0, description="of the decoders' hidden layers")
-    decoder_skip: Literal["both", "flow", "frame", "none"] = Field(
+    decoder_channels: int = Field(HIDDEN, gt=0, description="of the decoders' hidden layers")
+    decoder_skip: Skip = Field(
         "both", description="decoders that read the low-level volume, Conv3d_2c, beside their latents"
     )
     latent_noise: bool = Field(True, description="draw the latents in training; false = decode their means")

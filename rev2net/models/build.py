@@ -67,7 +67,7 @@ def build_network(config: Config, num_classes: int) -> Network:
             flow_decoder="flow" in decoders,
             frame_decoder="frame" in decoders,
             hidden=config.model.decoder_channels,
-            skips={"both": ("flow", "frame"), "none": ()}.get(config.model.decoder_skip, (config.model.decoder_skip,)),
+            skip=config.model.decoder_skip,
             noise=config.model.latent_noise,
         )
     elif isinstance(encoder, R3D18):

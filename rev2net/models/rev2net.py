@@ -6,7 +6,8 @@ Only the encoder is left at test time; everything else in this file exists durin
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from rev2net.models.i3d import BN_EPS, BN_MOMENTUM, I3D, Size3
 
 HIDDEN = 32
 """Channels of hidden decoder layers: the paper wants the decoders weak, so that the encoder has to learn."""
+
+Skip = Literal["both", "flow", "frame", "none"]
+"""The decoders that read the encoder's low-level volume, Conv3d_2c, beside their latents."""
 
 LATENT = 128
 """Channels of each latent volume."""
@@ -95,7 +99,7 @@ class HighDecoder(nn.Module):
         self.norm = nn.ModuleList(NormReLU(hidden) for _ in range(3))
 
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:
-        """N 128 t h w -> the three stages, the last of the size of `low` (N 32 T/2 H/4 W/4)."""
+        """N 128 t h w -> the three stages, the last of the size of `low` (N `hidden` T/2 H/4 W/4)."""
         stages = []
         for up, norm in zip(self.up, self.norm, strict=True):
             z = norm(up(z))
@@ -104,7 +108,7 @@ class HighDecoder(nn.Module):
 
 
 class FlowOutput(nn.Module):
-    """Second low-level layer of the flow decoder: N 32 T/2 H/2 W/2 -> N 2 T H W."""
+    """Second low-level layer of the flow decoder: N `hidden` T/2 H/2 W/2 -> N 2 T H W."""
 
     def __init__(self, hidden: int, source: Size3, clip: Size3) -> None:
         super().__init__()
@@ -130,7 +134,7 @@ class FrameOutput(nn.Module):
         self.background = nn.Conv3d(hidden, 3, (1, 3, 3), padding=(0, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """N 32 T/2 H/2 W/2 -> N 3 T H W in [-1, 1]."""
+        """N `hidden` T/2 H/2 W/2 -> N 3 T H W in [-1, 1]."""
         # Plane by plane in memory: in channels_last the slices have no run longer than 3 elements.
         up = self.up(x).to(torch.float32, memory_format=torch.contiguous_format)
         foreground, mask = up.split((3, 1), 1)
@@ -150,7 +154,7 @@ class Rev2Net(Network):
         flow_decoder: learn to predict the optical flow.
         frame_decoder: learn to reconstruct the clip in reversed order.
         hidden: channels of the decoders' hidden layers.
-        skips: the decoders ("flow", "frame") that read the low-level volume, Conv3d_2c, beside their latents.
+        skip: the decoders that read the low-level volume, Conv3d_2c, beside their latents.
         noise: draw the latents in training; else the decoders get their means.
 
     Raises:
@@ -167,7 +171,7 @@ class Rev2Net(Network):
         flow_decoder: bool = True,
         frame_decoder: bool = True,
         hidden: int = HIDDEN,
-        skips: Collection[str] = ("flow", "frame"),
+        skip: Skip = "both",
         noise: bool = True,
     ) -> None:
         super().__init__()
@@ -185,7 +189,7 @@ class Rev2Net(Network):
         half: Size3 = (low[0], low[1] * 2, low[2] * 2)
         self.hidden, self.noise = hidden, noise
         decoders = (("flow", flow_decoder), ("frame", frame_decoder))
-        self.skips = tuple(name for name, on in decoders if on and name in skips)
+        self.skips = tuple(name for name, on in decoders if on and skip in (name, "both"))
         if self.skips:
             # The convolution over [decoder's volume, Conv3d_2c] is the sum of one over each part, and the part
             # over Conv3d_2c, by far the larger, is one call for both decoders.

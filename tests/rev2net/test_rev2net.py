@@ -243,9 +243,11 @@ def test_the_two_latents_are_sampled_independently_with_their_own_spread() -> No
     assert torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1].abs() < 0.03
 
 
-@pytest.mark.parametrize("skips", [(), ("flow",), ("frame",), ("flow", "frame")])
-def test_only_the_decoders_that_skip_read_the_low_level_volume(skips: tuple[str, ...]) -> None:
-    network, clip = tiny(skips=skips, hidden=6).eval(), random_clip(1, (8, 32, 32))
+@pytest.mark.parametrize(
+    ("skip", "skips"), [("none", ()), ("flow", ("flow",)), ("frame", ("frame",)), ("both", ("flow", "frame"))]
+)
+def test_only_the_decoders_that_skip_read_the_low_level_volume(skip: str, skips: tuple[str, ...]) -> None:
+    network, clip = tiny(skip=skip, hidden=6).eval(), random_clip(1, (8, 32, 32))
     before = network.heads(clip)
     assert {f.shape[1] for f in (*before.flow_features, *before.frame_features)} == {6}
     if skips:
