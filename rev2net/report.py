@@ -25,9 +25,6 @@ from rev2net.store import TESTS, Run, Store
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Tables and configurations; they lie beside the package in a checkout."""
 
-PARENT = "mlflow.parentRunId"
-"""Tag of the runs of a search: they are no cell's, even where they stand on a cell's configuration."""
-
 FREE = (
     *("output", "data.path", "data.split", "loader.", "tracking.", "profile.", "eval.batch"),
     *("train.seed", "train.threads", "train.log_every", "train.eval_every", "train.checkpoint_every"),
@@ -191,11 +188,10 @@ def read_report(store: Store, experiments: Sequence[str] = (), configs: Path = C
     made = {name: Wanted.of(configs / f"{name}.yaml") for name in sorted(names)}
     made |= {start: Wanted.of(configs / f"{start}.yaml") for w in made.values() if (start := w.start) is not None}
     runs = store.runs(experiments)
-    own = [run for run in runs if PARENT not in run.tags]
-    trainings = [_training(store, run, made[name]) for run in own if (name := _cell_of(run)) in made]
+    trainings = [_training(store, run, made[name]) for run in runs if (name := _cell_of(run)) in made]
     trainings = _newest(_with_starts(trainings, {name: wanted.start for name, wanted in made.items()}))
     by_run = {result.run.id: result for result in trainings}
-    tests = [_test(run, parts) for run in own if (parts := _parts(run, by_run))]
+    tests = [_test(run, parts) for run in runs if (parts := _parts(run, by_run))]
     found: dict[tuple[str, ...], list[Result]] = defaultdict(list)
     for result in sorted([*trainings, *tests], key=lambda r: (r.run.started, r.run.id)):
         found[result.cell].append(result)

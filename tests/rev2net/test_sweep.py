@@ -152,6 +152,13 @@ def test_the_last_clips_hold_each_class_as_often_as_the_rest(classes: int, clips
     assert {abs(counts[label] - share * clips) <= 1 for label in range(classes)} == {True}
 
 
+def test_a_sweep_of_a_cell_of_the_paper_s_tables_fills_no_cell() -> None:
+    config = load_config(ROOT / "configs" / "ucf101-imagenet" / "rev2net.yaml")
+    swept = sweep_config(config)
+    assert (config.tracking.cell, swept.tracking.cell) == ("ucf101-imagenet/rev2net", None)
+    assert (swept.data.holdout, swept.output) == (0.1, f"{config.output}-sweep")
+
+
 def test_p12_nothing_left_to_train_on_is_one_sentence(tmp_path: Path) -> None:
     data = make_dataset(tmp_path, shard_sizes=(1,))
     with pytest.raises(UserError, match=r"data\.holdout=0\.1 of the 1 samples .* leaves none"):
