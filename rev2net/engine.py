@@ -24,7 +24,7 @@ AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 
 class TrainingStep(nn.Module):
-    """Network and objective as the one module that DeepSpeed drives. Returns the named scalars of the objective.
+    """Network and objective as the one module that DeepSpeed drives. Returns named scalars: the losses, accuracy.
 
     Attributes:
         objective: replaced where a weight changes during the run.
@@ -57,6 +57,7 @@ class TrainingStep(nn.Module):
         labelled = len(label)
         output = self.network.heads(clip, generator, labelled, decode_all=decode_all)
         scalars = self.objective(output, label, clip if decode_all else clip[:labelled], flow)
+        scalars["train/top1"] = (output.logits.detach().argmax(1) == label).float().mean()
         if self.network.discriminator is None:
             return scalars
         domains = self.network.discriminator(output.pooled, self.reversal)

@@ -80,7 +80,7 @@ class StepLog:
         return values
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
-        shown = {n: v for n, v in values.items() if n.startswith(("loss/", "domain/"))}
+        shown = {n: v for n, v in values.items() if n.startswith(("loss/", "domain/", "train/"))}
         losses = " ".join(f"{name.removeprefix('loss/')} {value:.4f}" for name, value in shown.items())
         assert self._pace is not None
         line = (

@@ -24,6 +24,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 CURVES = {
     "loss/ce": "cross-entropy, training",
+    "train/top1": "top-1, training",
     "val/top1": "top-1, validation",
     "target/top1": "top-1, other domain",
     "val/flow_epe": "flow error, pixels",

@@ -104,6 +104,17 @@ def test_the_labels_of_the_target_reach_nothing() -> None:
     assert not torch.allclose(alone["Mixed_5c.b0.conv3d.weight"], reversed_["Mixed_5c.b0.conv3d.weight"], atol=1e-7)
 
 
+def test_training_accuracy_is_that_of_the_labelled_clips() -> None:
+    torch.manual_seed(0)
+    network = build_network(config(), 4).eval()
+    step = TrainingStep(network, config().loss.objective())
+    clips = torch.rand(6, 3, 8, 32, 32)
+    with torch.no_grad():
+        label = network.encoder(clips[:4]).argmax(1)
+        label[1] = (label[1] + 1) % 4
+        assert step(clips, None, label, torch.Generator())["train/top1"] == 0.75
+
+
 def test_decoders_may_learn_from_the_target() -> None:
     """Each of their losses is then the mean over both domains, and the label's loss is as it was."""
     torch.manual_seed(0)
