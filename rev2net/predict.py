@@ -48,6 +48,12 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--every", type=float, metavar="S", help="seconds between windows' starts (default: --window)")
     parser.add_argument("--views", help="of a window, CLIPSxCROPS or whole (default: the run's own eval.views)")
     parser.add_argument("--batch", type=int, default=4, help="clips of one forward pass (default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="of a checkpoint's network (default: %(default)s); an exported one is fp32",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line and video, on standard output")
     parser.add_argument("--annotate", metavar="FOLDER", type=Path, help="write copies with the classes in the picture")
 
@@ -96,14 +102,15 @@ class Predictor:
     views: Views
     batch: int
     device: torch.device
+    precision: str = "fp32"
     seconds: float = 0.0
 
     @classmethod
-    def open(cls, path: str, views: str | None, batch: int) -> Predictor:
+    def open(cls, path: str, views: str | None, batch: int, precision: str = "fp32") -> Predictor:
         """From a checkpoint or an exported file.
 
         Raises:
-            UserError: there is none, or views that it cannot take.
+            UserError: there is none, or views or a precision that it cannot take.
         """
         import torch
 
@@ -124,18 +131,23 @@ class Predictor:
         chosen = views or description.views
         if chosen == "whole" and (is_exported(path) or description.segments):
             raise UserError(f"views `whole` take every frame, and {path} a fixed number: give --views 1x1 or 10x3")
-        return cls(scorer, description, Views.parse(chosen), batch, device)
+        if is_exported(path) and precision != "fp32":
+            raise UserError(f"--precision {precision} needs a checkpoint: {path} computes in fp32, as it was exported")
+        return cls(scorer, description, Views.parse(chosen), batch, device, precision)
 
     def score(self, window: Window) -> Scored:
         """Mean softmax score over the window's views."""
         import torch
 
+        from rev2net.engine import AUTOCAST
+
         total: Any = 0.0
         count = 0
-        stream = self.description.input
+        stream, dtype = self.description.input, AUTOCAST[self.precision]
         for clips in window.clips(self.description.shape, self.views, stream, batch=self.batch, device=self.device):
             begin = time.perf_counter()
-            with torch.inference_mode():
+            autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+            with torch.inference_mode(), autocast:
                 total += self.scorer(clips).float().softmax(1).double().sum(0).cpu()
             self.seconds += time.perf_counter() - begin
             count += len(clips)
@@ -150,7 +162,7 @@ def run_predict(args: argparse.Namespace) -> int:
             raise UserError(f"{name} {value:g} is nothing: give a number above 0")
     if args.annotate is not None:
         _check_copies(args.annotate, args.videos)
-    predictor = Predictor.open(args.checkpoint, args.views, args.batch)
+    predictor = Predictor.open(args.checkpoint, args.views, args.batch, args.precision)
     begin, seconds, failed = time.perf_counter(), 0.0, 0
     for video in args.videos:
         prediction = _predict(predictor, video, args, every)

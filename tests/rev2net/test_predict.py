@@ -51,18 +51,18 @@ def pyav(config: Config) -> Config:
     return config.model_copy(update={"loader": config.loader.model_copy(update={"backend": "pyav"})})
 
 
-@pytest.mark.parametrize("views", ["1x1", "3x3", "whole"])
+@pytest.mark.parametrize(("views", "precision"), [("1x1", "fp32"), ("3x3", "fp32"), ("whole", "fp32"), ("1x1", "bf16")])
 def test_a_short_video_is_scored_as_in_the_evaluation(
-    trained: Trained, tiny_data: Path, tmp_path: Path, views: str
+    trained: Trained, tiny_data: Path, tmp_path: Path, views: str, precision: str
 ) -> None:
     network, config, _ = checkpoint.load_encoder(checkpoint.find(trained.output))
     data, ranks = DataSet.open(tiny_data), read_ranks()
     loader = eval_loader(data, "val", pyav(config), ranks, views)
-    samples, expected, _ = score(network, loader, device=ranks.device, precision="fp32").means()
+    samples, expected, _ = score(network, loader, device=ranks.device, precision=precision).means()
     loader.close()
     videos = stored_videos(data, tmp_path)
     assert len(videos) == len(samples) > 4
-    predictor = Predictor.open(str(trained.output), views, batch=2)
+    predictor = Predictor.open(str(trained.output), views, batch=2, precision=precision)
     for sample, row in zip(samples.tolist(), expected, strict=True):
         with VideoSource(videos[sample]) as source:
             settings = PrepareSettings.from_json(data.preparation)
@@ -358,6 +358,8 @@ def test_an_exported_network_predicts_as_its_checkpoint(
     assert sum(expected.values()) == pytest.approx(1, abs=1e-4)
     for file in exported.values():
         assert scores(file) == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(UserError, match=r"--precision bf16 needs a checkpoint: .*tiny\.onnx computes in fp32"):
+        Predictor.open(str(exported["onnx"]), None, 4, "bf16")
 
 
 class Payload:
