@@ -126,9 +126,8 @@ def _table(name: str, table: Mapping[str, Any], report: Report) -> Section:
             # Plus zero: what rounds to -0.0 is 0.0.
             words.append(f"{round(100 * (cell.value or 0) - entry['paper'], 1) + 0:+.1f}" if known else "-")
         rows.append(words)
-    title = f"Table {name.removeprefix('table')}. {table['title']}"
     grids = [Grid(header=header, rows=rows), *_data(table, report)]
-    return Section(title=title, anchor=name, grids=grids, notes=[table["note"]] if "note" in table else [])
+    return Section(title=table["title"], anchor=name, grids=grids, notes=[table["note"]] if "note" in table else [])
 
 
 def _ours(cell: Cell) -> str:
