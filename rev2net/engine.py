@@ -19,9 +19,6 @@ from rev2net.models.dann import domain_loss
 from rev2net.models.heads import Network
 from rev2net.optim import build_optimizer
 
-AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What `train.precision` means. Parameters and losses are float32 in each."""
-
 
 class TrainingStep(nn.Module):
     """Network and objective as the one module that DeepSpeed drives. Returns named scalars: the losses, accuracy.

@@ -21,13 +21,19 @@ from dataloaders.shards import DataSet
 from rev2net.config import Config
 from rev2net.data import eval_loader
 from rev2net.distributed import Ranks
-from rev2net.engine import AUTOCAST
 from rev2net.models.heads import Network
 
 log = logging.getLogger("rev2net")
 
 PIXELS = 20.0
 """Unit of the flow targets."""
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass at test time, as `train.precision` names it; parameters are float32 in each."""
+    return torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "fp32")
 
 
 @dataclass(slots=True)
@@ -157,10 +163,9 @@ def score(
     """Scores of this rank's videos under a network in evaluation mode, which sees one stream of them."""
     network.eval()
     scores = Scores()
-    dtype = AUTOCAST[precision]
     for batch in batches:
         batch = batch.to(device, channels_last=True)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with autocast(device, precision):
             logits = network(batch.stream(stream))
         scores.add(batch, logits.float().softmax(1))
     for sample in [s for s, row in scores.sums.items() if not np.isfinite(row).all()]:
@@ -241,10 +246,9 @@ def decoder_errors(network: Network, batches: Iterable[ClipBatch], *, ranks: Ran
     network.eval()
     sums: dict[str, float] = {}
     count = 0
-    dtype = AUTOCAST[precision]
     for batch in batches:
         batch = batch.to(ranks.device, channels_last=True)
-        with torch.autocast(ranks.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with autocast(ranks.device, precision):
             output = network.heads(batch.stream("rgb"))
         errors: dict[str, Tensor] = {}
         if output.flow is not None and batch.flow is not None:

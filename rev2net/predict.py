@@ -139,15 +139,14 @@ class Predictor:
         """Mean softmax score over the window's views."""
         import torch
 
-        from rev2net.engine import AUTOCAST
+        from rev2net.evaluate import autocast
 
         total: Any = 0.0
         count = 0
-        stream, dtype = self.description.input, AUTOCAST[self.precision]
+        stream = self.description.input
         for clips in window.clips(self.description.shape, self.views, stream, batch=self.batch, device=self.device):
             begin = time.perf_counter()
-            autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
-            with torch.inference_mode(), autocast:
+            with torch.inference_mode(), autocast(self.device, self.precision):
                 total += self.scorer(clips).float().softmax(1).double().sum(0).cpu()
             self.seconds += time.perf_counter() - begin
             count += len(clips)
