@@ -54,6 +54,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.chaos
 def test_p6_a_full_disk_ends_the_run_on_all_ranks_and_leaves_the_checkpoint_before(
     disk: Path, training: Callable[..., Training], undisturbed: Callable[..., Training], record: Record
 ) -> None:
