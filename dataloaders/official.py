@@ -59,7 +59,7 @@ def read_ucf101(root: Path, annotations: Path, split: int = 1) -> SourceListing:
             if class_name not in classes:
                 raise UserError(f"{where} is {line!r}, whose folder is no class; take the official list")
             _add(rows, relative, _Row(part, class_name, where))
-    return _from_rows(root, rows, classes)
+    return _from_rows(root, rows, classes, ("ucf101", split))
 
 
 def read_hmdb51(root: Path, annotations: Path, split: int = 1) -> SourceListing:
@@ -91,7 +91,7 @@ def read_hmdb51(root: Path, annotations: Path, split: int = 1) -> SourceListing:
             part = _HMDB_SPLITS[mark]
             if part is not None:
                 _add(rows, f"{class_name}/{name.strip()}", _Row(part, class_name, where))
-    return _from_rows(root, rows, tuple(file.name.removesuffix(ending) for file in files))
+    return _from_rows(root, rows, tuple(file.name.removesuffix(ending) for file in files), ("hmdb51", split))
 
 
 def read_kinetics(root: Path, lists: Sequence[Path], classes_file: Path | None = None) -> SourceListing:
@@ -136,7 +136,7 @@ def read_kinetics(root: Path, lists: Sequence[Path], classes_file: Path | None =
             found.append((_nearest(paths, row), row))
         else:
             missing.append((full, row))
-    return _listing(root, found, missing, classes)
+    return _listing(root, found, missing, classes, ("kinetics", None))
 
 
 def _kinetics_rows(file: Path) -> Iterable[tuple[tuple[str, int, int], _Row]]:
@@ -202,14 +202,21 @@ def _add(rows: dict[str, _Row], relative: str, row: _Row) -> None:
     rows[relative] = row
 
 
-def _from_rows(root: Path, rows: Mapping[str, _Row], classes: tuple[str, ...]) -> SourceListing:
+def _from_rows(
+    root: Path, rows: Mapping[str, _Row], classes: tuple[str, ...], official: tuple[str, int]
+) -> SourceListing:
     present = set(_videos(root))
     found = [(path, row) for path, row in rows.items() if path in present]
-    return _listing(root, found, [(path, row) for path, row in rows.items() if path not in present], classes)
+    missing = [(path, row) for path, row in rows.items() if path not in present]
+    return _listing(root, found, missing, classes, official)
 
 
 def _listing(
-    root: Path, found: Sequence[tuple[str, _Row]], missing: Sequence[tuple[str, _Row]], classes: tuple[str, ...]
+    root: Path,
+    found: Sequence[tuple[str, _Row]],
+    missing: Sequence[tuple[str, _Row]],
+    classes: tuple[str, ...],
+    official: tuple[str, int | None],
 ) -> SourceListing:
     if not found:
         raise UserError(
@@ -230,4 +237,4 @@ def _listing(
             for path, row in pairs
         )
 
-    return SourceListing(classes=classes, clips=clips(found), missing=clips(missing))
+    return SourceListing(classes=classes, clips=clips(found), missing=clips(missing), official=official)

@@ -418,6 +418,7 @@ def _manifest(
     return {
         "format": FORMAT,
         "classes": list(listing.classes),
+        "official": None if listing.official is None else dict(zip(("lists", "split"), listing.official, strict=True)),
         "splits": splits,
         "video": {
             "codec": settings.codec,

@@ -218,6 +218,13 @@ class DataSet:
         return dict(self.manifest["settings"]["preparation"])
 
     @property
+    def official(self) -> Mapping[str, Any] | None:
+        """The official `lists` that it was prepared from (ucf101, hmdb51 or kinetics) and their `split`, None for the
+        only one. Empty where it is of no official lists; None in a data set that was prepared before this was kept.
+        """
+        return (self.manifest["official"] or {}) if "official" in self.manifest else None
+
+    @property
     def has_flow(self) -> bool:
         """Whether the samples hold flow videos."""
         return self.manifest["flow"] is not None

@@ -48,12 +48,14 @@ class SourceListing:
     Attributes:
         skipped: files that were left out because their names are not those of videos.
         missing: what the lists name and the disk lacks.
+        official: the official lists that it was read from, and which of their splits (None: they have one).
     """
 
     classes: tuple[str, ...]
     clips: tuple[SourceClip, ...]
     skipped: tuple[str, ...] = ()
     missing: tuple[SourceClip, ...] = ()
+    official: tuple[str, int | None] | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:

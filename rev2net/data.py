@@ -17,12 +17,14 @@ def open_data(config: Config) -> DataSet:
     """The data set, checked against what the configuration wants of it.
 
     Raises:
-        UserError: no such folder or URL, no such split, no flow where it is learned or seen, too few samples.
+        UserError: no such folder or URL, no such split, another official split than data.split, no flow where it is
+            learned or seen, too few samples.
     """
     data = _open(config.data.path, config)
     if config.data.holdout:
         data = data.hold_out(config.data.train_split, config.data.holdout)
     _check_splits(data, config.data.train_split, config.data.eval_split)
+    _check_official(data, config)
     _check_flow(data, config, learned=True)
     return data
 
@@ -64,6 +66,15 @@ def _check_splits(data: DataSet, *splits: str) -> None:
         data.shards(split)
 
 
+def _check_official(data: DataSet, config: Config) -> None:
+    split = (data.official or {}).get("split")
+    if split not in (None, config.data.split):
+        raise UserError(
+            f"{data.location} was prepared from the official split {split}, and data.split is {config.data.split}: set "
+            f"data.split={split}, or data.path to the data of split {config.data.split}"
+        )
+
+
 def _check_flow(data: DataSet, config: Config, *, learned: bool) -> None:
     if data.has_flow:
         return
@@ -81,10 +92,13 @@ def _check_flow(data: DataSet, config: Config, *, learned: bool) -> None:
 
 
 def counts(data: DataSet, train_split: str, val_split: str) -> dict[str, str]:
-    """What a report of a training says of its data: the manifest's hash as `fingerprint`, and of `train` and `val`
-    how many `videos` are used, `missing` and `quarantined`.
+    """What a report of a training says of its data: the manifest's hash as `fingerprint`, the number of `classes`, the
+    official `lists` (none, or nothing where that is not known), and of `train` and `val` how many `videos` are used,
+    `missing` and `quarantined`.
     """
-    found = {"fingerprint": data.fingerprint()}
+    found = {"fingerprint": data.fingerprint(), "classes": str(len(data.classes))}
+    if data.official is not None:
+        found["lists"] = str(data.official.get("lists", "none"))
     for name, split in (("train", train_split), ("val", val_split)):
         numbers = {"videos": data.num_samples(split), **data.left_out(split)}
         found |= {f"{name}.{kind}": str(number) for kind, number in numbers.items()}

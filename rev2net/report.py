@@ -8,7 +8,7 @@ store, beside the tables and configurations themselves.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,15 @@ FREE = (
 
 PATHS = ("init_from", "model.imagenet", "target.path")
 """Keys that hold a path on some machine: only whether there is one is compared."""
+
+DATA = {
+    "ucf101-1": ("ucf101", "101"),
+    "hmdb51-1": ("hmdb51", "51"),
+    "ucf101-16": ("ucf101", "16"),
+    "hmdb51-16": ("hmdb51", "16"),
+    "kinetics400": ("kinetics", "400"),
+}
+"""The official lists and number of classes that a configuration means with the name of its data's folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +263,16 @@ def _deviations(run: Run, config: Config) -> tuple[str, ...]:
             found.append(f"{key}={now} ({own})")
         if first not in (own, now):
             found.append(f"{key}={first} before a resume ({own})")
-    return tuple(found)
+    return (*found, *_other_data(run, config))
+
+
+def _other_data(run: Run, config: Config) -> Iterator[str]:
+    """The same of the data: where it lies is free, of which lists and how many classes it is not."""
+    for section, path in (("data", config.data.path), ("target", config.target.path)):
+        if path is not None:
+            for key, own in zip((f"{section}.lists", f"{section}.classes"), DATA[Path(path).name], strict=True):
+                if (used := run.params.get(key, own)) != own:
+                    yield f"{key}={used} ({own})"
 
 
 def _comparable(key: str, value: str) -> str:

@@ -1,4 +1,4 @@
-"""Official layouts, against the official lists; the videos are empty files, since readers never open them."""
+"""Official layouts, against the official lists; most videos are empty files, since readers never open them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from clips import moving, write_video
 
 from dataloaders.classmap import read_class_map
 from dataloaders.errors import UserError
 from dataloaders.official import read_hmdb51, read_kinetics, read_ucf101
 from dataloaders.prepare import prepare
+from dataloaders.shards import DataSet
 from dataloaders.sources import SourceListing, read_lists
 from dataloaders.transcode import PrepareSettings
 
@@ -40,7 +42,7 @@ def test_ucf101_splits_have_the_published_sizes(
     touch(tmp_path, first)
     listing = read_ucf101(tmp_path, shared_annotations / "ucf101", split)
     assert counts(listing) == {"train": train, "val": val}
-    assert [clip.relative for clip in listing.clips] == [first]
+    assert [clip.relative for clip in listing.clips] == [first] and listing.official == ("ucf101", split)
     assert len(listing.classes) == 101 and listing.classes[0] == "ApplyEyeMakeup" and listing.classes[100] == "YoYo"
     for clip in (*listing.clips, *listing.missing):
         assert listing.classes[clip.label] == clip.class_name == clip.relative.split("/")[0]
@@ -56,7 +58,7 @@ def test_hmdb51_splits_have_the_published_sizes(tmp_path: Path, shared_annotatio
     assert counts(listing) == {"train": 70 * 51, "val": 30 * 51}
     per_class = Counter((clip.split, clip.label) for clip in (*listing.clips, *listing.missing))
     assert set(per_class.values()) == {70, 30} and len(per_class) == 102
-    assert len(listing.classes) == 51
+    assert len(listing.classes) == 51 and listing.official == ("hmdb51", split)
     assert {clip.relative: clip.split for clip in listing.clips} == {by_mark["1"]: "train", by_mark["2"]: "val"}
 
 
@@ -113,6 +115,15 @@ def test_kinetics_copies_and_segments_of_one_video_are_told_apart(tmp_path: Path
     }
     # b.mp4 could be either segment of b, so it is none.
     assert [c.relative for c in listing.missing] == ["b_000020_000030"]
+
+
+def test_a_data_set_says_of_which_lists_and_split_it_is(tmp_path: Path) -> None:
+    for name in "ab":
+        write_video(tmp_path / f"videos/wave/{name}.mp4", moving(5))
+    (tmp_path / "wave_test_split2.txt").write_text("a.mp4 1\nb.mp4 2\n")
+    settings = PrepareSettings(short_side=64, flow_scale=None)
+    prepare(read_hmdb51(tmp_path / "videos", tmp_path, 2), tmp_path / "out", settings)
+    assert DataSet.open(tmp_path / "out").official == {"lists": "hmdb51", "split": 2}
 
 
 def test_the_map_of_twelve_classes_gives_the_classes_of_the_public_lists(shared_annotations: Path) -> None:

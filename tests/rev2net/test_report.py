@@ -23,7 +23,7 @@ from tiny import TINY
 
 from rev2net.cli import main
 from rev2net.config import load_config
-from rev2net.report import CONFIGS, Cell, Report, read_report
+from rev2net.report import CONFIGS, DATA, Cell, Report, read_report
 from rev2net.store import TESTS, reading
 
 NASTY = "<script>document.title='broken'</script> | `x` [a](b) \x1b[31m"
@@ -126,7 +126,9 @@ def test_every_configuration_says_which_cell_it_is() -> None:
     files = [file for file in CONFIGS.glob("*/*.yaml") if file.parent.name not in ("bases", "classes", "cluster")]
     assert len(files) == 54
     for file in files:
-        assert load_config(file).tracking.cell == file.relative_to(CONFIGS).with_suffix("").as_posix()
+        config = load_config(file)
+        assert config.tracking.cell == file.relative_to(CONFIGS).with_suffix("").as_posix()
+        assert {Path(path).name for path in (config.data.path, config.target.path) if path is not None} <= DATA.keys()
 
 
 def test_a_store_without_runs_gives_the_paper_s_numbers_and_says_that_there_is_no_run(
@@ -307,6 +309,22 @@ def test_what_deviates_from_the_configuration_is_listed(runs: Runs, capsys: pyte
     assert "50.0 ± 0.0 over splits (1 seed) *" in capsys.readouterr().out
 
 
+def test_data_of_other_lists_or_classes_deviates_wherever_it_lies(runs: Runs) -> None:
+    right = {"data.lists": "ucf101", "data.classes": "16", "target.lists": "hmdb51", "target.classes": "16"}
+    wrong = [{}, {"data.classes": "12", "target.classes": "12"}, {"data.lists": "hmdb51", "target.lists": "none"}]
+    for seed, params in enumerate(wrong):
+        words = ["data.path=/mnt/x", "target.path=/mnt/y"]
+        runs.training("ucf-to-hmdb/i3d-rgb", seed=seed, words=words, params=right | params)
+    assert [r.deviations for r in runs.cell("ucf-to-hmdb/i3d-rgb").results] == [
+        (),
+        ("data.classes=12 (16)", "target.classes=12 (16)"),
+        ("data.lists=hmdb51 (ucf101)", "target.lists=none (hmdb51)"),
+    ]
+    runs.training("ucf101-imagenet/i3d-rgb", split=2, params={"data.lists": "ucf101", "data.classes": "101"})
+    runs.training("ucf101-imagenet/i3d-rgb", split=3)  # from before these were kept
+    assert not runs.cell("ucf101-imagenet/i3d-rgb").deviates
+
+
 def test_weights_that_a_cell_starts_from_must_be_those_of_a_good_training_of_that_cell(runs: Runs) -> None:
     starts = [
         runs.training("kinetics400/stm-rgb"),
@@ -447,6 +465,7 @@ def test_real_trainings_and_their_fused_test_fill_three_cells(
         cell = report.cells[(f"hmdb-to-ucf/{name}",)]
         assert cell.value == json.loads((folder / "result.json").read_text())["metrics"]["target/top1"]
         params = cell.counted[0].run.params
+        assert {"data.lists=none (hmdb51)", "target.classes=8 (16)"} <= set(cell.counted[0].deviations)
         assert params["train.steps"] == "2" and params["data.train.videos"] == "16"
         counts = [params[f"target.val.{kind}"] for kind in ("videos", "missing", "quarantined")]
         assert counts == ["8", "0", "0"]

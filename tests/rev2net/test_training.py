@@ -108,6 +108,16 @@ def test_the_data_may_lie_behind_a_url(
     assert list((tmp_path / "cache").rglob("train-*.tar"))
 
 
+def test_p12_data_of_another_official_split_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    manifest = json.loads((tiny_data / "dataset.json").read_text())
+    official = {"lists": "ucf101", "split": 2}
+    (tmp_path / "dataset.json").write_text(json.dumps(manifest | {"official": official}))
+    keys = [f"data.path={tmp_path}"]
+    assert open_data(load_config("configs/demo.yaml", [*keys, "data.split=2"])).official == official
+    with pytest.raises(UserError, match=r"from the official split 2, and data\.split is 1: set data\.split=2, or data"):
+        open_data(load_config("configs/demo.yaml", keys))
+
+
 def test_test_time_network_is_a_bare_i3d(trained: Trained) -> None:
     encoder, _, _ = checkpoint.load_encoder(checkpoint.find(trained.output))
     bare = I3D(8, width=0.25)
