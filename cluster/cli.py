@@ -289,6 +289,7 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
         folder = next(possible_folders(options.folder, name))
         sys.stdout.write(sbatch_script(placement=placement, site=site, folder=folder, name=name))
         return 0
+    _refuse_second(options.folder, config.output)
     task = Task(work=TrainWork(config=config))
     with new_folder(options.folder, name, config.yaml()) as folder:
         if options.executor == "slurm":
@@ -317,6 +318,24 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     print(f"job {job.job_id} failed: {failure}", file=sys.stderr)
     return 1
+
+
+def _refuse_second(parent: Path, output: str) -> None:
+    """A job that is being cancelled may still save: another one in its folder would begin before that."""
+    from cluster.jobs import read_jobs
+    from cluster.status import read_statuses
+
+    own = [
+        each
+        for each in read_jobs(parent)
+        if each.job.kind == "train" and Path(each.job.output) == Path(output).absolute()
+    ]
+    for each, status in zip(own, read_statuses(own), strict=True):
+        if status.alive:
+            raise UserError(
+                f"job {each.job.id} ({status.state}) trains in {output}: wait until it has ended, or choose another "
+                "output=; `rev2net-cluster cancel` ends it, and it saves first"
+            )
 
 
 def _check_batch(config: Config, placement: Placement) -> None:

@@ -63,8 +63,8 @@ def load_site(path: Path | None) -> Site:
     if not path.is_file():
         raise UserError(f"there is no site file {path}: give a YAML file such as configs/cluster/example.yaml")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds {type(tree).__name__}, but a site file is a mapping of settings")

@@ -7,8 +7,9 @@ handler only sets a flag. The training loop asks for the flag, agrees on it with
 together with them and returns; only then does rank 0 put the job back into the queue, with submitit's own handler.
 submitit by itself would requeue inside the signal handler of rank 0 while the other ranks go on.
 
-After SIGTERM alone the job is saved but does not requeue itself: a job that its owner cancelled must stay cancelled,
-and after a preemption with `PreemptMode=REQUEUE` Slurm requeues it.
+After SIGTERM alone the job is saved, and Slurm is asked whether it preempts the job: if so it requeues itself, because
+Slurm before 24.05 requeues at the end of the `GraceTime` only, and a job that has ended by then never. A job that its
+owner cancelled stays cancelled.
 
 Slurm signals every process of a job step, not ranks only: child processes that training starts must ignore SIGUSR2.
 
@@ -21,8 +22,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,7 +112,7 @@ class Task:
             return
         if environment.rank != 0:
             sys.exit(0)  # Not an error code: it would make srun kill rank 0 before it has requeued the job.
-        if flag.received == {signal.SIGTERM}:
+        if flag.received == {signal.SIGTERM} and not _preempted():
             print(STOPPED, flush=True)
             sys.exit(128 + signal.SIGTERM)
         assert callable(requeue)
@@ -132,6 +135,16 @@ def requeue_outside() -> None:
     """Have the job's script requeue the job where a task cannot: most containers have no scontrol."""
     if os.environ["SUBMITIT_EXECUTOR"] == "slurm" and shutil.which("scontrol") is None:
         SlurmJobEnvironment._requeue = _ask_the_script
+
+
+def _preempted() -> bool:
+    """Whether Slurm says that it takes the nodes from this job; False where there is nobody to ask."""
+    if os.environ["SUBMITIT_EXECUTOR"] != "slurm" or shutil.which("scontrol") is None:
+        return False
+    words = ("scontrol", "show", "job", os.environ["SLURM_JOB_ID"])
+    told = subprocess.run(words, capture_output=True, text=True, check=False).stdout
+    when = re.search(r"\bPreemptTime=(\S+)", told)
+    return when is not None and when[1] not in ("None", "Unknown")
 
 
 def _ask_the_script(environment: Any, countdown: int) -> None:

@@ -120,12 +120,15 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all cores)")
     parser.add_argument("--pipelines", type=int, default=1, help="DALI pipelines (default: 1)")
     parser.add_argument("--flow", action="store_true", help="also decode the flow")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=10.0, help="time for each measurement (default: 10)")
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """Print the table; exit status 0."""
+    for name in ("frames", "size", "batch", "workers", "pipelines"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} {getattr(arguments, name)} is not possible: give 1 or more")
     if arguments.segments and arguments.frames % arguments.segments:
         raise UserError(
             f"--frames {arguments.frames} cannot be shared out to --segments {arguments.segments}: give a multiple"

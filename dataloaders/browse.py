@@ -119,6 +119,8 @@ def _cards(
         for split in splits:
             left = limit or data.num_samples(split)
             for shard in data.shards(split):
+                if left == 0:
+                    break  # a remote shard is fetched whole
                 with shard.open() as reader:
                     count = min(left, len(reader))
                     left -= count

@@ -8,6 +8,7 @@ record per packed shard. A run that was interrupted, however it ended, finds the
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import platform
 import shutil
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from dataloaders.errors import DecodeError, UserError
 from dataloaders.flow import BOUND
+from dataloaders.locks import lock
 from dataloaders.shards import (
     FLOW_EXTENSION,
     FORMAT,
@@ -96,16 +98,39 @@ def prepare(
         max_missing: share of the listed clips that the disk may lack; they are named in `OUT/missing.txt`.
 
     Raises:
-        UserError: the settings cannot be stored, `out` holds something else, too many clips are missing, or no clip of
-            a split is good.
+        UserError: the settings cannot be stored, `out` holds something else or is being made by another process, too
+            many clips or all of a split are missing, or no clip of a split is good.
+        OSError: a source file is gone or cannot be reached any more; what is done is kept.
     """
     if not 0 <= max_bad <= 1:
         raise UserError(f"the allowed share of bad clips is {max_bad}; give a number from 0 to 1")
     identity = _identity(listing, settings, workers, max_missing)
     work = out / WORK
-    if _claim(out, identity):
-        shutil.rmtree(work, ignore_errors=True)  # of a share that came late, or an end between manifest and clean-up
-        return _finished_report(out)
+    _claim(out, identity)
+    work.mkdir(exist_ok=True)
+    with lock(work / "prepare", wait=False) as ours:
+        if not ours:
+            raise UserError(
+                f"another process prepares into {out}: wait until it is done, or, if there is none, delete "
+                f"{work / 'prepare.lock'}"
+            )
+        if _claim(out, identity):
+            shutil.rmtree(work, ignore_errors=True)  # of a late share, or an end between manifest and clean-up
+            return _finished_report(out)
+        return _prepare(listing, out, settings, identity, workers=workers, max_bad=max_bad)
+
+
+def _prepare(
+    listing: SourceListing,
+    out: Path,
+    settings: PrepareSettings,
+    identity: Mapping[str, Any],
+    *,
+    workers: int,
+    max_bad: float,
+) -> PrepareReport:
+    """`prepare` of a folder that is this process's alone."""
+    work = out / WORK
     plan_file = work / PLAN
     if not plan_file.is_file():
         bad = _transcode_all(listing.clips, work, settings, workers)
@@ -235,6 +260,13 @@ def _check_missing(listing: SourceListing, max_missing: float) -> None:
             f"{absent} of {listed} listed clips are not on the disk, the first is {listing.missing[0].relative}; "
             f"that is more than --max-missing {max_missing:g} allows: find them, or allow more"
         )
+    empty = sorted({clip.split for clip in listing.missing} - set(listing.splits))
+    if empty:
+        first = next(clip.relative for clip in listing.missing if clip.split == empty[0])
+        raise UserError(
+            f"no listed clip of the split {empty[0]} is on the disk, the first would be {first}: find them, or give "
+            "lists without that split"
+        )
 
 
 def _refuse_empty_splits(listing: SourceListing, bad: Sequence[BadClip], out: Path) -> None:
@@ -244,10 +276,10 @@ def _refuse_empty_splits(listing: SourceListing, bad: Sequence[BadClip], out: Pa
     if not empty:
         return
     first = next(entry for entry in bad if entry.split == empty[0])
-    # What is good in the other splits is not worth keeping: the source must change, and so will its listing.
-    shutil.rmtree(out / WORK)
-    with contextlib.suppress(OSError):
-        out.rmdir()
+    if not counts.total():  # nothing is worth keeping
+        shutil.rmtree(out / WORK)
+        with contextlib.suppress(OSError):
+            out.rmdir()
     raise UserError(
         f"no clip of the split {empty[0]} can be decoded, the first is {first.file} ({first.reason}); "
         "give videos that FFmpeg can read"
@@ -276,6 +308,10 @@ def _transcode_to_files(work: Path, settings: PrepareSettings, clip: SourceClip)
     try:
         parts = transcode(clip, settings)
     except DecodeError as error:
+        if not clip.path.exists():  # a disk that is gone says nothing about its videos
+            raise FileNotFoundError(
+                errno.ENOENT, "was there when the clips were listed, and is not now", str(clip.path)
+            ) from error
         return BadClip(file=clip.relative, split=clip.split, reason=error.reason)
     for extension in (RGB_EXTENSION, FLOW_EXTENSION, INFO_EXTENSION):
         if extension in parts:
@@ -376,6 +412,11 @@ def _pack_shard(out: Path, name: str, keys: Sequence[str]) -> dict[str, Any]:
         with ShardWriter(out / name) as writer:
             for key in keys:
                 parts = _read_sample(work, key)
+                if INFO_EXTENSION not in parts:
+                    raise RuntimeError(
+                        f"{key} was prepared, but is not in {work} any more: delete {out} and prepare it again, by one "
+                        "process or by shares"
+                    )
                 info = SampleInfo.from_json(key, parts[INFO_EXTENSION])
                 sizes[f"{info.width}x{info.height}"] += 1
                 writer.write(key, parts)

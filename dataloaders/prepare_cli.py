@@ -191,8 +191,14 @@ def read_settings(args: argparse.Namespace) -> PrepareSettings:
         flow_scale=None if args.no_flow else args.flow_scale,
         flow_device=args.flow_device,
         seed=args.seed,
-        shard_bytes=int(args.shard_mb * 2**20),
+        shard_bytes=_shard_bytes(args.shard_mb),
     )
+
+
+def _shard_bytes(megabytes: float) -> int:
+    if not 0 < megabytes <= 2**20:
+        raise UserError(f"--shard-mb is {megabytes:g}; give a number above 0, up to {2**20}")
+    return int(megabytes * 2**20)
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -264,7 +270,8 @@ def _tell(report: PrepareReport, listing: SourceListing, args: argparse.Namespac
     if not report.finished:
         print(
             f"{len(bad)} of {len(listing.clips)} clips are bad, more than --max-bad {args.max_bad:g} allows; "
-            f"mend the source, or allow more: the good clips are kept in {args.out} and not done again",
+            f"allow more (the good clips are kept in {args.out} and not done again), or mend the source and prepare it "
+            "into another folder",
             file=sys.stderr,
         )
         return 1

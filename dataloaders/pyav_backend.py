@@ -23,6 +23,7 @@ from dataloaders.batch import ClipRequest, RawClips
 from dataloaders.errors import DecodeError
 from dataloaders.plan import flow_crop
 from dataloaders.trim import needed_packets
+from dataloaders.video import video_stream
 
 Picture = npt.NDArray[np.uint8]
 
@@ -123,7 +124,7 @@ def decode_pictures(
 def _frames_for(data: bytes, wanted: set[int], fps: float) -> Iterator[tuple[int, Any]]:
     """Frames with their indices: the wanted ones, and those that have to be decoded before them."""
     with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
-        stream = container.streams.video[0]
+        stream = video_stream(container)
         stream.thread_type = "NONE"
         tick = float(stream.time_base) * fps
         origin = stream.start_time or 0

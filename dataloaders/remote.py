@@ -251,6 +251,8 @@ def _blocks(url: str) -> Iterator[bytes]:
         raise UserError(
             f"{url} does not exist; look at the address, or run `rev2net verify` where it was made"
         ) from error
+    except PermissionError as error:
+        raise UserError(f"{url} is refused ({error}); look at the address and your rights") from error
     except Exception as error:
         status = getattr(error, "status", None)  # of HTTP
         if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):

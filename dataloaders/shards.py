@@ -35,6 +35,7 @@ INFO_EXTENSION = "json"
 HELD_OUT = "held-out"
 """Name of the split that `DataSet.hold_out` makes."""
 _INDEX_VERSION = "v1.2"
+_INDEX_LINE = re.compile(rb"[!-~]+ \d{1,18} \d{1,18} [!-~]+\.[!-~]+(?: [!-~]+ \d{1,18} \d{1,18} [!-~]+\.[!-~]+)*")
 _TAR_BLOCK = 512
 
 
@@ -459,7 +460,8 @@ class ShardReader:
             if not file.is_file():
                 raise UserError(f"shard file {file} is missing; run `rev2net verify {self.path.parent}`")
         lines = index.read_bytes().splitlines()
-        if not lines or lines[0] != f"{_INDEX_VERSION} {len(lines) - 1}".encode():
+        whole = bool(lines) and lines[0] == f"{_INDEX_VERSION} {len(lines) - 1}".encode()
+        if not whole or not all(map(_INDEX_LINE.fullmatch, lines[1:])):
             raise UserError(f"index {index} is damaged; run `rev2net verify {self.path.parent}`")
         self._lines = lines[1:]
         self._descriptor = os.open(self.path, os.O_RDONLY)

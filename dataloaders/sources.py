@@ -12,6 +12,8 @@ from pathlib import Path
 from dataloaders.errors import UserError
 
 SPLITS = ("train", "val", "test")
+_NO_SPLITS = {"training", "validation", "valid", "validate", "testing"}
+"""What folders of splits are called elsewhere, and hardly any class is."""
 # fmt: off
 VIDEO_SUFFIXES = frozenset({
     ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov",
@@ -72,26 +74,32 @@ class SourceListing:
 def read_folder(root: Path, *, val_fraction: float = 0.2, seed: int = 0) -> SourceListing:
     """Clips of `root/CLASS/…` or `root/{train,val,test}/CLASS/…`, classes in alphabetical order.
 
-    Without split folders, `val_fraction` of every class goes to the split val: those with the smallest hash
+    Without a folder val, `val_fraction` of every class of train goes to the split val: those with the smallest hash
     of (seed, relative path), at least one where a class has two.
 
     Raises:
-        UserError: the folder is missing, holds no video, a class folder is empty, or the fraction is not one.
+        UserError: the folder is missing, holds no video or folders of splits beside others, a class folder is empty, or
+            the fraction is not one.
     """
     if not 0 <= val_fraction < 1:
         raise UserError(f"the validation share is {val_fraction}; give a number of at least 0 and below 1")
     if not root.is_dir():
         raise UserError(f"source folder {root} does not exist; give a folder that holds a folder per class")
     folders = _subfolders(root)
-    has_splits = bool(folders) and {f.name for f in folders} <= set(SPLITS)
+    names = {folder.name for folder in folders}
+    has_splits = bool(names) and names <= set(SPLITS)
+    if names & _NO_SPLITS and names <= _NO_SPLITS | set(SPLITS):
+        raise UserError(
+            f"source folder {root} holds {', '.join(sorted(names))}: call folders of splits {', '.join(SPLITS)}"
+        )
     found: list[tuple[str, str, Path]] = []
     skipped: list[str] = []
     for split_folder in folders if has_splits else [root]:
         split = split_folder.name if has_splits else "train"
         for folder in _subfolders(split_folder):
-            files = [f for f in sorted(folder.rglob("*")) if f.is_file() and not f.name.startswith(".")]
+            files = [f for f in sorted(folder.rglob("*")) if f.is_file() and not _is_hidden(f.relative_to(folder))]
             videos = [f for f in files if f.suffix.lower() in VIDEO_SUFFIXES]
-            skipped += [f.relative_to(root).as_posix() for f in files if f not in set(videos)]
+            skipped += [f.relative_to(root).as_posix() for f in files if f.suffix.lower() not in VIDEO_SUFFIXES]
             if not videos:
                 raise UserError(f"class folder {folder} holds no video; add videos to it or remove it")
             found += [(split, folder.name, video) for video in videos]
@@ -111,7 +119,7 @@ def read_folder(root: Path, *, val_fraction: float = 0.2, seed: int = 0) -> Sour
         )
         for split, name, path in found
     )
-    if not has_splits:
+    if not any(clip.split == "val" for clip in clips):
         clips = split_off(clips, val_fraction, seed)
     return SourceListing(classes=classes, clips=clips, skipped=tuple(skipped))
 
@@ -159,6 +167,10 @@ def read_lists(
         )
     clips = split_off(present, val_fraction, seed) if val_fraction > 0 else tuple(present)
     return SourceListing(classes=classes, clips=clips, missing=tuple(missing))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def split_off(clips: Sequence[SourceClip], fraction: float, seed: int) -> tuple[SourceClip, ...]:
@@ -215,7 +227,7 @@ def numbered_lines(file: Path, kind: str, wanted: str) -> list[tuple[int, str]]:
     if not file.is_file():
         raise UserError(f"{kind} {file} does not exist; give {wanted}")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{kind} {file} is no text; give {wanted}") from error
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
+import av
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from dataloaders.errors import UserError
+from dataloaders.errors import DecodeError, UserError
 from dataloaders.flow import encode_flow, tvl1
 from dataloaders.flow.batched import tvl1_batched
 from dataloaders.shards import FLOW_EXTENSION, INFO_EXTENSION, RGB_EXTENSION, SampleInfo
@@ -80,7 +81,7 @@ class PrepareSettings:
         if self.flow_scale is not None and self.flow_device == "cuda" and not torch.cuda.is_available():
             raise UserError("--flow-device is cuda, but PyTorch sees no GPU here; give --flow-device cpu")
         if self.fps is not None and not 1 <= self.fps <= 240:
-            raise UserError(f"fps is {float(self.fps):g}; give 1 to 240, or `source` for each video's own")
+            raise UserError(f"fps is {str(self.fps)[:20]}; give 1 to 240, or `source` for each video's own")
         if self.shard_bytes < 1:
             raise UserError(f"shards of {self.shard_bytes} bytes are too small; give 1 MB or more")
 
@@ -119,8 +120,15 @@ def transcode(clip: SourceClip, settings: PrepareSettings) -> dict[str, bytes]:
         The sample's parts by extension: RGB video, flow video unless switched off, description.
 
     Raises:
-        DecodeError: the source cannot be decoded.
+        DecodeError: the source cannot be decoded, or not be stored in this size.
     """
+    try:
+        return _transcode(clip, settings)
+    except av.error.FFmpegError as error:  # VideoSource has its own: this one is an encoder's
+        raise DecodeError(clip.relative, f"cannot be encoded ({error})") from error
+
+
+def _transcode(clip: SourceClip, settings: PrepareSettings) -> dict[str, bytes]:
     with VideoSource(clip.path) as source:
         width, height = stored_size(
             source.width,

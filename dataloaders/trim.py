@@ -16,6 +16,7 @@ import av
 import av.error
 
 from dataloaders.errors import DecodeError
+from dataloaders.video import video_stream
 
 _WORTHWHILE = 12
 """Fewer frames than this in a row cost less to decode than to cut out."""
@@ -82,7 +83,7 @@ def _cut(data: bytes, wanted: Collection[int], fps: float) -> tuple[bytes, dict[
     buffer = io.BytesIO()
     places: dict[int, int] = {}
     with av.open(io.BytesIO(data), metadata_errors="ignore") as source:
-        stream = source.streams.video[0]
+        stream = video_stream(source)
         ticks = 1 / (float(stream.time_base) * fps)
         with av.open(buffer, "w", format="mp4") as target:
             copy = target.add_stream_from_template(stream)

@@ -7,6 +7,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -58,8 +59,15 @@ def verify(location: str | Path, deep: bool = False) -> list[str]:
         UserError: there is no data set.
         RuntimeError: a remote one's server cannot be reached.
     """
+    with _opened(location) as data:
+        return _problems(data, deep)
+
+
+@contextmanager
+def _opened(location: str | Path) -> Iterator[DataSet]:
+    """The data set, with a cache of its own for as long."""
     with tempfile.TemporaryDirectory(prefix="rev2net-verify-") as aside:
-        return _problems(DataSet.open(location, cache=aside, cache_gb=_NO_BOUND), deep)
+        yield DataSet.open(location, cache=aside, cache_gb=_NO_BOUND)
 
 
 def _problems(data: DataSet, deep: bool) -> list[str]:
@@ -196,10 +204,10 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Run `rev2net verify`; returns the exit status, raises UserError for a user's mistake."""
-    problems = verify(args.data, args.deep)
+    with _opened(args.data) as data:
+        problems = _problems(data, args.deep)
     for problem in problems:
         print(problem, file=sys.stderr)
-    data = DataSet.open(args.data)
     counts = ", ".join(f"{split} {data.num_samples(split)}" for split in data.splits)
     print(f"{args.data}: {counts} samples, {len(problems) or 'no'} problem{'s' if len(problems) != 1 else ''}")
     return 1 if problems else 0

@@ -73,6 +73,16 @@ _GRAY_OF_LUMA: npt.NDArray[np.uint8] = np.clip(
 ).astype(np.uint8)
 
 
+def video_stream(container: Any) -> Any:
+    """The first video stream of what PyAV has opened; IndexError where there is none, ValueError where FFmpeg has no
+    decoder for it.
+    """
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise ValueError("its video is encrypted, or in a codec that FFmpeg does not know")
+    return stream
+
+
 class VideoSource:
     """A source video, opened and decoded up to its first frame.
 
@@ -105,7 +115,10 @@ class VideoSource:
     def _start(self) -> None:
         if not self._container.streams.video:
             raise DecodeError(str(self._path), "holds no video stream")
-        stream = self._container.streams.video[0]
+        try:
+            stream = video_stream(self._container)
+        except ValueError as error:
+            raise DecodeError(str(self._path), str(error)) from None
         stream.thread_type = "NONE" if self._threads == 1 else "AUTO"
         stream.codec_context.thread_count = self._threads
         rate = stream.average_rate or stream.guessed_rate
@@ -261,7 +274,7 @@ def inspect_video(data: bytes, key: str) -> StoredVideo:
     """
     try:
         with av.open(io.BytesIO(data)) as container:
-            stream = container.streams.video[0]
+            stream = video_stream(container)
             codec = stream.codec_context.name
             decoder = av.CodecContext.create(codec, "r")
             decoder.extradata = stream.codec_context.extradata
@@ -286,7 +299,7 @@ def decode_luma(data: bytes, key: str) -> Iterator[npt.NDArray[np.uint8]]:
     """The luma planes of a stored video, uint8 [H, W] each, exactly as coded; DecodeError where damaged."""
     try:
         with av.open(io.BytesIO(data)) as container:
-            stream = container.streams.video[0]
+            stream = video_stream(container)
             stream.thread_type = "NONE"
             for frame in container.decode(stream):
                 plane = frame.planes[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from dataloaders.errors import DecodeError
 from dataloaders.shards import written_aside
 from dataloaders.video import I420
 from dataloaders.windows import open_video
@@ -49,9 +51,7 @@ def _write(
     container: Any, stream: Any, frames: Any, fps: Fraction, windows: Sequence[Scored], classes: Sequence[str]
 ) -> None:
     current, strip = -1, None
-    for number, picture in enumerate(frames):
-        if number / fps >= windows[-1].end:
-            break  # what is beyond damage has no scores
+    for number, picture in enumerate(_up_to_damage(frames)):
         before = current
         while current + 1 < len(windows) and windows[current + 1].start <= number / fps:
             current += 1
@@ -62,6 +62,11 @@ def _write(
         frame.pts, frame.time_base = number, 1 / fps
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
+
+
+def _up_to_damage(frames: Iterable[I420]) -> Iterator[I420]:
+    with suppress(DecodeError):  # which the prediction has told
+        yield from frames
 
 
 def _strip(lines: Sequence[tuple[str, float]], width: int, height: int) -> npt.NDArray[np.uint8]:

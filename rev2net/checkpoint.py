@@ -235,6 +235,11 @@ def best(folder: Path) -> Path | None:
     return max(found, key=lambda entry: entry[0])[1] if found else None
 
 
+def is_file_of_weights(path: str | Path) -> bool:
+    """Whether it is a file, published weights say, and not what `find` finds a checkpoint by."""
+    return Path(path).is_file() and Path(path).name not in (LATEST, BEST)
+
+
 def find(path: str | Path) -> Path:
     """A checkpoint from what a user gives: its folder, the run's folder, its `checkpoints` folder, or `latest` or
     `best` in that.

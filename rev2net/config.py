@@ -171,8 +171,8 @@ class OptimConfig(Section):
     lr_batch: int | None = Field(
         None, gt=0, description="batch that `lr` is meant for: scaled linearly; null = as it is"
     )
-    momentum: float = 0.9
-    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: float = Field(1e-4, ge=0, description="not on biases and normalisations")
     schedule: Literal["cosine", "wsd", "step", "constant"] = "cosine"
     warmup: str | int = Field(0, description="duration of the linear warm-up")
@@ -416,24 +416,26 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in above:
         raise UserError(f"{path} is its own base, through {above[-1]}: remove one `base`")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds {type(tree).__name__}, but a configuration is a mapping of sections")
     bases = tree.pop("base", [])
+    if not isinstance(bases, str | list):
+        raise UserError(f"{path} has base: {bases}; give a file beside it, a list of them, or no `base`")
     whole: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
-        whole = _over(whole, _read(path.parent / str(base), (*above, path.resolve())))
-    return _over(whole, tree)
+        whole = laid_over(whole, _read(path.parent / str(base), (*above, path.resolve())))
+    return laid_over(whole, tree)
 
 
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Two trees as one; where both have a value, that of `above`."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = _over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = laid_over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
 
@@ -460,7 +462,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"the value of {override!r} is not valid YAML: quote it") from None
-    if isinstance(value, str) and re.fullmatch(r"[0-9.]+e[+-]?[0-9]+", value):
+    if isinstance(value, str) and re.fullmatch(r"[0-9]+\.?[0-9]*e[+-]?[0-9]+", value):
         value = float(value)  # YAML 1.1 reads 1e-3 as text.
     *parents, leaf = key.split(".")
     node = tree

@@ -159,6 +159,7 @@ def eval_loader(
         batch_size=config.eval.batch,
         backend=config.loader.backend,
         workers=config.loader.workers,
+        pipelines_per_gpu=config.loader.pipelines_per_gpu,
         device=ranks.device,
         with_flow=sees_flow or (for_decoders and "flow" in config.decoders),
         with_rgb=not sees_flow,

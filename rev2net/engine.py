@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dataloaders.batch import ClipBatch
 from dataloaders.errors import UserError
 from dataloaders.keyed import hash64
-from rev2net.config import Config
+from rev2net.config import Config, laid_over
 from rev2net.distributed import Ranks
 from rev2net.losses import Objective
 from rev2net.models.dann import domain_loss
@@ -95,11 +95,20 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": config.optim.clip_grad_norm,
         "steps_per_print": 10**9,
+        "timers": {
+            "throughput": {"enabled": False}
+        },  # waits for the GPU before each forward pass, for what is not shown
     }
     if train.precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[train.precision]
         tree["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
-    return {**tree, **train.deepspeed}
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "torch_autocast"):
+        if key in train.deepspeed:
+            raise UserError(f"train.deepspeed has {key}, which follows from train.*: set it there")
+    merged = laid_over(tree, train.deepspeed)
+    if merged["zero_optimization"].get("stage") != train.zero_stage:
+        raise UserError("train.deepspeed has zero_optimization.stage: set train.zero_stage instead")
+    return merged
 
 
 def conv3d_warning(torch_version: str, cudnn: int | None) -> str | None:
@@ -129,6 +138,7 @@ class Engine:
         config: the run's configuration.
         ranks: this process's place.
         statistics: this rank's batch-normalisation statistics as they were before the step.
+        overflowed: fp16's scaler dropped the last step, for gradients that its scale made infinite.
     """
 
     deepspeed: Any
@@ -137,6 +147,7 @@ class Engine:
     config: Config
     ranks: Ranks
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    overflowed: bool = False
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
@@ -217,8 +228,8 @@ class Engine:
         """After the last `forward_backward`: the optimizer's step. On every rank.
 
         Returns:
-            False where gradients are not finite, on all ranks alike: the step is skipped, as in `skip_step`. (Under
-            fp16 an overflow is the scaler's business, and no such case.)
+            False where gradients are not finite, on all ranks alike: the step is skipped, as in `skip_step`. Under
+            fp16 an overflow is the scaler's business, and no such case while its scale is above 1: see `overflowed`.
         """
         if self.config.train.zero_stage == 0 and self.config.train.precision != "fp16":
             # DeepSpeed looks at the gradients itself from stage 1 on.
@@ -226,8 +237,12 @@ class Engine:
             if not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
                 self.skip_step()
                 return False
+        scaler = self.deepspeed.torch_autocast_z0_gradscaler
+        scale = 0.0 if scaler is None else scaler.get_scale()
         self.deepspeed.step()
-        applied: bool = self.deepspeed.was_step_applied()
+        self.overflowed = scaler is not None and scaler.get_scale() < scale
+        # A scale of 1 or less cannot be what made them infinite.
+        applied = bool(self.deepspeed.was_step_applied()) and not (self.overflowed and scale <= 1)
         if not applied:
             self._restore_statistics()
         return applied
@@ -279,7 +294,7 @@ def build_engine(config: Config, ranks: Ranks, network: Network) -> Engine:
     network.to(ranks.device)
     step_module = TrainingStep(network.train(), config.loss.objective(), config.target.weight)
     if config.model.compile:
-        network.compile()
+        network.heads = torch.compile(network.heads)  # type: ignore[method-assign]  # `compile()` is for __call__ alone
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
     import deepspeed
 

@@ -90,6 +90,8 @@ class _Stream:
         from rev2net import checkpoint
         from rev2net.evaluate import for_testing
 
+        if args.batch < 1:
+            raise UserError(f"--batch {args.batch} is not possible: give 1 or more")
         found = checkpoint.find(path)
         network, config, state = checkpoint.load_encoder(found)
         if args.views == "whole" and config.data.segments:
@@ -154,11 +156,15 @@ def _ranks() -> Ranks:
 
 def run_eval(args: argparse.Namespace) -> int:
     """`rev2net eval`."""
-    from dataloaders.shards import DataSet
+    from dataloaders.shards import DataSet, check_output
     from rev2net import pictures
 
     if args.log and args.backwards:
         raise UserError("--backwards is no test that is logged: leave it out, or --log")
+    if args.confusion:
+        check_output(Path(args.confusion), (".png", ".pdf", ".svg"))
+    if args.json not in (None, "-") and not Path(args.json).parent.is_dir():
+        raise UserError(f"--json {args.json} is in no folder: make it, or write the file elsewhere")
     ranks = _ranks()
     streams = [_Stream.load(path, args, ranks) for path in (args.checkpoint, args.fuse) if path is not None]
     data = DataSet.open(args.data)
@@ -174,6 +180,8 @@ def run_eval(args: argparse.Namespace) -> int:
         print(f"{name:<12}{value:>8.1%}", file=where)
     for sample, reason in result.failed.items():
         print(f"failed, counted as wrong: video {sample}: {reason}", file=where)
+    if kept is not None:  # before what may fail for want of room
+        print(f"kept in MLflow at {kept.uri} as the run {kept.write(result)}", file=where)
     if args.confusion:
         title = f"top-1 {result.top1:.1%} of {result.videos} videos"
         pictures.confusion_matrix(result.confusion, data.classes, title).savefig(args.confusion)
@@ -186,8 +194,6 @@ def run_eval(args: argparse.Namespace) -> int:
         }
         text = json.dumps(tree)
         print(text) if args.json == "-" else Path(args.json).write_text(text)
-    if kept is not None:
-        print(f"kept in MLflow at {kept.uri} as the run {kept.write(result)}", file=where)
     return 0
 
 

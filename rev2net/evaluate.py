@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dataloaders.batch import ClipBatch, Stream
+from dataloaders.loader import EvalLoader
 from dataloaders.shards import DataSet
 from rev2net.config import Config
 from rev2net.data import eval_loader
@@ -182,7 +183,7 @@ def split_scores(
     ranks: Ranks,
     *,
     backwards: bool = False,
-    watched: Callable[[Iterable[ClipBatch]], Iterable[ClipBatch]] = iter,
+    watched: Callable[[EvalLoader], Iterable[ClipBatch]] = iter,
 ) -> Scores:
     """Scores of a split under `eval.views`; every rank gets those of all. A collective.
 
@@ -190,15 +191,14 @@ def split_scores(
         backwards: play every clip in reverse.
         watched: put around this rank's batches, by a caller that wants to see the progress.
     """
-    loader = eval_loader(data, split, config, ranks, config.eval.views, backwards=backwards)
-    scores = score(
-        network,
-        watched(loader),
-        device=ranks.device,
-        precision=config.train.precision,
-        stream=config.model.input,
-    )
-    loader.close()
+    with eval_loader(data, split, config, ranks, config.eval.views, backwards=backwards) as loader:
+        scores = score(
+            network,
+            watched(loader),
+            device=ranks.device,
+            precision=config.train.precision,
+            stream=config.model.input,
+        )
     for failure in loader.failed:
         scores.fail(failure.sample, failure.label, failure.reason)
     whole = merge(ranks.gather(scores))
@@ -214,7 +214,7 @@ def evaluate_split(
     config: Config,
     ranks: Ranks,
     *,
-    watched: Callable[[Iterable[ClipBatch]], Iterable[ClipBatch]] = iter,
+    watched: Callable[[EvalLoader], Iterable[ClipBatch]] = iter,
 ) -> Metrics:
     """Accuracy on a split; as `split_scores`."""
     return metrics(split_scores(network, data, split, config, ranks, watched=watched), len(data.classes))

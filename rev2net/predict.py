@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -157,8 +158,8 @@ def run_predict(args: argparse.Namespace) -> int:
     """`rev2net predict`."""
     every = args.window if args.every is None else args.every
     for name, value in (("--window", args.window), ("--every", every), ("--top", args.top), ("--batch", args.batch)):
-        if not value > 0:
-            raise UserError(f"{name} {value:g} is nothing: give a number above 0")
+        if not 0 < value < math.inf:
+            raise UserError(f"{name} {value:g} is not possible: give a number above 0")
     if args.annotate is not None:
         _check_copies(args.annotate, args.videos)
     predictor = Predictor.open(args.checkpoint, args.views, args.batch, args.precision)

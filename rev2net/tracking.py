@@ -272,12 +272,15 @@ class Tracker:
 
 
 def tracking_uri(config: Config) -> str:
-    """Where runs are kept: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the output folder."""
-    return (
-        config.tracking.uri
-        or os.environ.get("MLFLOW_TRACKING_URI")
-        or f"sqlite:///{Path(config.output).resolve().parent / 'mlflow.db'}"
-    )
+    """Where runs are kept: `tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the output folder.
+
+    Of a cell of the tables it is beside the folder of its kind (`runs/mlflow.db` of `runs/ucf101-imagenet/i3d-rgb-1`):
+    a report reads one store.
+    """
+    folder = Path(config.output).resolve().parent
+    if config.tracking.cell and folder.name == Path(config.tracking.cell).parent.name:
+        folder = folder.parent
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
 
 
 def _environment() -> dict[str, str]:

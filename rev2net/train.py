@@ -6,11 +6,12 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from dataloaders.bad_clips import BadClips
 from dataloaders.batch import ClipBatch
 from dataloaders.errors import UserError
 from dataloaders.keyed import hash64
-from dataloaders.shards import DataSet
+from dataloaders.loader import EvalLoader
+from dataloaders.shards import DataSet, write_atomically
 from rev2net import checkpoint, pictures, snapshot
 from rev2net.config import Config, to_steps
 from rev2net.data import counts, eval_loader, open_data, open_target, train_loader
@@ -65,7 +67,8 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
 
     Args:
         config: the experiment.
-        stop_requested: looked at once a step; when it is true on any rank, all ranks save together and return.
+        stop_requested: looked at once a step, and now and then in an evaluation; when it is true on any rank, all ranks
+            save together and return. An evaluation that is not done then is done by the next start.
 
     Raises:
         UserError: the configuration does not fit the data, the ranks or the checkpoint.
@@ -80,7 +83,7 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
         )
         Tracker(config, active=read_ranks().first, resumed=True, run_id=done.run_id).close()  # what is left to deliver
         return done
-    run = TrainingRun(config)
+    run = TrainingRun(config, stop_requested)
     with ExitStack() as stack:
         stack.callback(run.close_log)
         stack.callback(run.engine.close)
@@ -88,15 +91,14 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
         for loader in run.loaders:
             stack.callback(loader.close)
         stack.enter_context(run.heart)
-        stopped = False
-        run.evaluate_if_due()  # it may have been killed between saving and evaluating
+        stopped = not run.evaluate_if_due()  # it may have been killed between saving and evaluating
         while run.step < run.total and not stopped:
             scalars, stopped = run.train_step(stop_requested())
             run.report(scalars)
             if stopped or run.step == run.total or run.due(config.train.checkpoint_every, config.train.eval_every):
                 run.save(config.train.keep_checkpoints)
             if not stopped:
-                run.evaluate_if_due()
+                stopped = not run.evaluate_if_due()
         return run.finish(stopped)
 
 
@@ -108,11 +110,20 @@ class NonFiniteLossError(RuntimeError):
     """`MAX_SKIPPED` steps in a row had no finite loss or gradients; the message names the ranks and the clips."""
 
 
+ASK_EVERY = 20
+"""Batches of an evaluation after which the ranks agree on whether one of them is to stop."""
+
+
+class EvaluationStoppedError(Exception):
+    """A rank is to stop; on all ranks alike."""
+
+
 class TrainingRun:
     """Everything that the loop drives: data, engine, schedule, log, tracker, and the step it stands at."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, stop_requested: Callable[[], bool] = lambda: False) -> None:
         self.config = config
+        self._stop_requested = stop_requested
         self.ranks: Ranks = read_ranks()
         self.accumulation = micro_batches(config, self.ranks)
         self.data = open_data(config)
@@ -177,12 +188,7 @@ class TrainingRun:
                 f"{resumed} was trained on {len(state.classes)} classes that are not those of {self.config.data.path}: "
                 "choose another output= or use init_from="
             )
-        before = state.config["data"].get("holdout", 0.0)
-        if before != self.config.data.holdout:
-            raise UserError(
-                f"{resumed} was trained with data.holdout={before}, not {self.config.data.holdout}: it would be tested "
-                f"on clips that it has learned; choose another output= or set data.holdout={before}"
-            )
+        self._refuse_another(state.config, resumed)
         checkpoint.load_weights(network, resumed)
         if state.world_size == self.ranks.world_size:
             snapshot.restore_buffers(network, checkpoint.read_tensors(resumed, "buffers"), self.ranks)
@@ -190,6 +196,22 @@ class TrainingRun:
         snapshot.restore_optimizer(engine, checkpoint.read_tensors(resumed, "optimizer"), state.updates)
         engine.restore_loss_scale(state.loss_scale)
         return engine, state
+
+    def _refuse_another(self, before: Mapping[str, Any], resumed: Path) -> None:
+        """UserError for what a run cannot change: it would be another run, or be tested on clips that it knows."""
+        data, train = before["data"], before["train"]
+        was = {"data.holdout": data.get("holdout", 0.0), "data.split": data["split"], "train.seed": train["seed"]}
+        now = {
+            "data.holdout": self.config.data.holdout,
+            "data.split": self.config.data.split,
+            "train.seed": self.config.train.seed,
+        }
+        for key, value in was.items():
+            if now[key] != value:
+                raise UserError(
+                    f"{resumed} was trained with {key}={value}, not {now[key]}: choose another output=, or set "
+                    f"{key}={value} to go on"
+                )
 
     def _facts(self, *, fresh: bool) -> dict[str, str]:
         """What `rev2net report` wants to know beside the configuration."""
@@ -200,7 +222,7 @@ class TrainingRun:
                 told = counts(found, section.train_split, section.val_split)
                 facts |= {f"{name}.{key}": value for key, value in told.items()}
         start = self.config.init_from
-        if fresh and start is not None and not Path(start).is_file():
+        if fresh and start is not None and not checkpoint.is_file_of_weights(start):
             weights = checkpoint.find(start)
             facts["init_from.run"] = str(run_of(weights, checkpoint.read_state(weights).run_id))
         return facts
@@ -273,7 +295,10 @@ class TrainingRun:
         if not self._limited:
             self._limit_waiting()
         self.profile.step(self.step)
-        return dict(zip(sums, values, strict=True)) if finite else {}, stops > 0
+        scalars = dict(zip(sums, values, strict=True)) if finite else {}
+        if finite and self.config.train.precision == "fp16":
+            scalars["scaler/skipped"] = float(self.engine.overflowed)  # logged as the share of steps
+        return scalars, stops > 0
 
     def _placed(self, batch: ClipBatch) -> ClipBatch:
         return batch.to(self.ranks.device, channels_last=self.config.train.channels_last)
@@ -368,18 +393,31 @@ class TrainingRun:
         if error is not None:
             raise OSError(error)
 
-    def evaluate_if_due(self) -> None:
-        """Evaluate every `train.eval_every`, before the end; what was evaluated is not again. A collective."""
+    def evaluate_if_due(self) -> bool:
+        """Evaluate every `train.eval_every`, before the end; what was evaluated is not again. A collective.
+
+        Returns:
+            False where a rank is to stop, and it was not done.
+        """
         if not 0 < self.step < self.total or not self.due(self.config.train.eval_every):
-            return
+            return True
         path = checkpoint.folder_of(self.folder, self.step)
-        if not self.ranks.broadcast(checkpoint.read_evaluation(path) is not None):
-            self.evaluate()
+        return self.ranks.broadcast(checkpoint.read_evaluation(path) is not None) or self._evaluated() is not None
+
+    def _evaluated(self) -> dict[str, float] | None:
+        try:
+            return self.evaluate()
+        except EvaluationStoppedError:
+            log.info("the evaluation of step %d is left to the next start", self.step)
+            return None
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy of the test-time network, and the decoders' errors, on the validation split (or what is held out).
 
         They are kept in the checkpoint of this step. A collective.
+
+        Raises:
+            EvaluationStoppedError: a rank is to stop.
         """
         self.heart.beat(f"evaluates step {self.step}")
         weights = snapshot.gather_weights(self.engine)
@@ -393,10 +431,9 @@ class TrainingRun:
         values["val/cross_entropy"] = accuracy["val"].cross_entropy
         if self.config.decoders:
             split = self.config.data.eval_split
-            loader = eval_loader(self.data, split, self.config, self.ranks, "1x1", for_decoders=True)
-            batches = self._watched(loader)
-            errors = decoder_errors(network, batches, ranks=self.ranks, precision=self.config.train.precision)
-            loader.close()
+            with eval_loader(self.data, split, self.config, self.ranks, "1x1", for_decoders=True) as loader:
+                batches = self._watched(loader)
+                errors = decoder_errors(network, batches, ranks=self.ranks, precision=self.config.train.precision)
             values |= {f"val/{name}": value for name, value in errors.items()}
         log.info("step %d, validation: %s", self.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         self.tracker.metrics(values, self.step)
@@ -409,11 +446,20 @@ class TrainingRun:
     def _accuracy(self, network: Network, data: DataSet, split: str) -> Metrics:
         return evaluate_split(network, data, split, self.config, self.ranks, watched=self._watched)
 
-    def _watched(self, batches: Iterable[ClipBatch]) -> Iterator[ClipBatch]:
-        """The same batches, each of which counts as progress."""
-        for batch in batches:
-            self.heart.move()
-            yield batch
+    def _watched(self, loader: EvalLoader) -> Iterator[ClipBatch]:
+        """Its batches, each of which counts as progress. A collective.
+
+        Raises:
+            EvaluationStoppedError: a rank is to stop.
+        """
+        batches = iter(loader)
+        for index in range(1, 1 + max(self.ranks.gather(len(loader)))):  # all ranks ask as often
+            batch = next(batches, None)
+            if batch is not None:
+                self.heart.move()
+                yield batch
+            if index % ASK_EVERY == 0 and self.ranks.any(self._stop_requested()):
+                raise EvaluationStoppedError
         self.heart.beat("waits for the other ranks' part of the evaluation")
 
     def _draw(self, network: Network, accuracy: Mapping[str, Metrics]) -> None:
@@ -443,8 +489,8 @@ class TrainingRun:
         self.profile.close()
         self.log.close()
         self.finish_saving()
-        finished = self.step >= self.total
-        values = self.evaluate() if finished else {}
+        values = self._evaluated() if self.step >= self.total else None
+        finished = values is not None
         if finished:
             self.tracker.flush()
         else:
@@ -452,7 +498,7 @@ class TrainingRun:
         result = TrainResult(
             step=self.step,
             finished=finished,
-            metrics=values,
+            metrics=values or {},
             checkpoint=str(checkpoint.latest(self.folder)),
             run_id=self.ranks.broadcast(self.tracker.run_id),
             tracking_uri=self.tracker.uri,
@@ -460,7 +506,7 @@ class TrainingRun:
         if stopped and not finished:
             log.info("stopped at step %d as requested; the same command goes on from there", self.step)
         if finished and self.ranks.first:
-            (Path(self.config.output) / "result.json").write_text(json.dumps(asdict(result), indent=1))
+            write_atomically(Path(self.config.output) / "result.json", json.dumps(asdict(result), indent=1).encode())
         self.ranks.barrier()
         return result
 
@@ -476,9 +522,7 @@ def start_from(network: Network, path: str) -> None:
     Raises:
         UserError: neither of the two, or another architecture.
     """
-    file = Path(path)
-    if file.is_dir() or not file.exists():
-        file = checkpoint.find(path) / "weights.safetensors"
+    file = Path(path) if checkpoint.is_file_of_weights(path) else checkpoint.find(path) / "weights.safetensors"
     report = load_weights(network.encoder, file)
     log.info("starting from %s: %s", path, report)
 
@@ -489,7 +533,10 @@ def _finished(config: Config) -> TrainResult | None:
     file, written = output / "result.json", output / "config.yaml"
     if not file.is_file() or not written.is_file() or written.read_text() != config.yaml():
         return None
-    result = TrainResult(**json.loads(file.read_text()))
+    try:
+        result = TrainResult(**json.loads(file.read_text()))
+    except (ValueError, TypeError):  # of a disk that was full, or of another version: the end is done again
+        return None
     return result if Path(result.checkpoint).is_dir() else None
 
 

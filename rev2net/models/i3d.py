@@ -196,9 +196,9 @@ def _frozen_statistics(block: nn.Module) -> Iterator[None]:
     """
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
+    for norm, (_, counter) in zip(norms, before, strict=True):
         norm.momentum = 0.0
-        norm.num_batches_tracked = None
+        norm.num_batches_tracked = None if counter is None else counter.clone()  # SyncBatchNorm has to count
     try:
         yield
     finally:

@@ -150,13 +150,13 @@ class Trainings:
 
 
 def _is_signalled(process: Path) -> bool:
-    """Whether SIGUSR2 waits for a process that was stopped, or Slurm has woken it already, with SIGCONT."""
+    """Whether a signal waits for a process that was stopped, or Slurm has woken it already, with SIGCONT."""
     try:
         status = (process / "status").read_text()
     except OSError:  # woken, saved, and gone
         return True
     pending = re.findall(r"(?m)^(?:SigPnd|ShdPnd):\s(\w+)$", status)
-    waits = any(int(mask, 16) >> (signal.SIGUSR2 - 1) & 1 for mask in pending)
+    waits = any(int(mask, 16) >> (s - 1) & 1 for mask in pending for s in (signal.SIGUSR2, signal.SIGTERM))
     return waits or not _stands_still(status)
 
 
@@ -219,6 +219,31 @@ def test_p7_a_job_that_is_preempted_twice_does_no_step_twice(trainings: Training
         "a job of a higher partition preempts it, twice",
         f"saved at each signal, requeued, went on in the same MLflow run; the same weights in the end; "
         f"{trainings.until_first_step('preempted', facts)}",
+        "0 steps",
+    )
+
+
+def test_p7_a_job_that_is_preempted_by_sigterm_alone_goes_on(trainings: Trainings, record: Record) -> None:
+    """As on sites that do not set `preempt_send_user_signal`."""
+    slurm = trainings.slurm
+    whole = slurm.conf.read_text()
+    slurm.conf.write_text(whole.replace("SlurmctldParameters=preempt_send_user_signal\n", ""))
+    slurm.command("scontrol", "reconfigure")
+    assert "preempt_send" not in (slurm.command("scontrol", "show", "config") or "preempt_send")
+    try:
+        trainings.submit("terminated")
+        trainings.wait_for_step("terminated")
+        trainings.preempt("terminated")
+        facts = trainings.finish("terminated")
+    finally:
+        slurm.conf.write_text(whole)
+        slurm.command("scontrol", "reconfigure")
+    assert trainings.check("terminated", facts) == 0 and facts["Restarts"] == "1"
+    assert "by SIGTERM" not in trainings.job("terminated").log(0, "out").read_text()
+    record(
+        "a job of a higher partition preempts it, announced by SIGTERM alone",
+        f"saved at the signal, asked Slurm, requeued itself, went on in the same MLflow run; the same weights; "
+        f"{trainings.until_first_step('terminated', facts)}",
         "0 steps",
     )
 

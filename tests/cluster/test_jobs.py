@@ -97,6 +97,7 @@ def test_a_training_on_this_machine_is_watched_cancelled_and_finished(
         job = json.loads((folder / "job.json").read_text())["ids"][0]
         row = status(job)
         assert "RUNNING  step " in row and "/9999 ETA " in row and f"process {job}" in row
+        assert f"job {job} (RUNNING) trains in {output}: wait until it has ended" in refused(*words)
         assert main(["cancel", folder.name, *jobs]) == 0
         assert submit.wait(timeout=120) == 1
     assert "STOPPED" in status(job) and "the state is saved" in status(job)

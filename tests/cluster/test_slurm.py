@@ -63,9 +63,10 @@ def test_a_job_that_waits_runs_the_code_it_was_submitted_with(
     blocker = slurm.command("sbatch", "--parsable", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 900")
     assert blocker
     words = ["submit", "configs/demo.yaml", "--tasks-per-node", "2", "--site", str(site), "data.path=nowhere"]
+    words += ["--folder", "jobs"]
     first, second = (
-        run(sys.executable, "-m", "cluster.cli", *words, "--folder", "jobs", cwd=checkout).stdout.split()[1].rstrip(":")
-        for _ in range(2)
+        run(sys.executable, "-m", "cluster.cli", *words, f"output={name}", cwd=checkout).stdout.split()[1].rstrip(":")
+        for name in ("first", "second")
     )
     for file in (*checkout.glob("*/task.py"), *checkout.glob("*/train.py")):
         file.write_text("raise SystemExit('the checkout was edited')")

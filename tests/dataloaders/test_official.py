@@ -171,6 +171,16 @@ def test_p12_more_missing_clips_than_allowed_are_refused_before_anything_is_made
     assert not (tmp_path / "out").exists()
 
 
+def test_p12_a_split_that_is_missing_altogether_is_refused_however_small_it_is(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{n}.mp4" for n in range(20)))
+    (tmp_path / "train.txt").write_text("".join(f"{n}.mp4 x\n" for n in range(20)))
+    (tmp_path / "val.txt").write_text("gone.mp4 x\n")
+    listing = read_lists([(split, tmp_path / f"{split}.txt") for split in ("train", "val")], tmp_path)
+    with pytest.raises(UserError, match=r"no listed clip of the split val is on .* first would be gone\.mp4"):
+        prepare(listing, tmp_path / "out", PrepareSettings())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -288,6 +288,8 @@ def test_p12_when_every_file_is_bad_nothing_is_left(tmp_path: Path) -> None:
         (["folder", "half/a", "out", "--size", "64x64", "--codec", "vp9"], "below 128x128"),
         (["folder", "half/a", "out", "--fps", "fast"], "--fps is 'fast'"),
         (["folder", "half/a", "out", "--fps", "0"], "fps is 0; give 1 to 240"),
+        (["folder", "half/a", "out", "--fps", "1e400"], "give 1 to 240"),
+        (["folder", "half/a", "out", "--shard-mb", "nan"], "--shard-mb is nan; give a number above 0"),
         pytest.param(
             ["folder", "good", "out", "--flow-device", "cuda"],
             "PyTorch sees no GPU here; give --flow-device cpu",
@@ -351,6 +353,21 @@ def test_fps_source_keeps_each_clip_s_rate(tmp_path: Path) -> None:
         "a/fast.mp4": (9, 29.97),
     }
     assert data.manifest["video"]["fps"] is None
+
+
+def test_what_no_decoder_or_encoder_takes_is_quarantined(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_video(tmp_path / f"in/run/{name}.mp4", moving(5))
+    encrypted = tmp_path / "in/run/b.mp4"
+    encrypted.write_bytes(encrypted.read_bytes().replace(b"avc1", b"encv"))
+    write_video(tmp_path / "in/run/c.mkv", moving(3, height=1600, width=8), codec="ffv1")
+    settings = PrepareSettings(short_side=256, flow_scale=None)
+    report = prepare(read_folder(tmp_path / "in", val_fraction=0), tmp_path / "out", settings, max_bad=0.9)
+    assert report.prepared == {"train": 1}
+    assert [(entry.file, entry.reason.split(",")[0].split(" (")[0]) for entry in report.quarantined] == [
+        ("run/b.mp4", "its video is encrypted"),
+        ("run/c.mkv", "cannot be encoded"),
+    ]
 
 
 def test_the_help_names_what_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,11 @@ from clips import contents, make_source, moving, write_video
 from tiny import small_disk, wait
 
 from dataloaders.errors import UserError
+from dataloaders.locks import lock
 from dataloaders.prepare import prepare, prepare_share
 from dataloaders.shards import DataSet
-from dataloaders.sources import read_folder
-from dataloaders.transcode import PrepareSettings
+from dataloaders.sources import SourceClip, read_folder
+from dataloaders.transcode import PrepareSettings, transcode
 from dataloaders.verify import verify
 from rev2net.cli import main
 
@@ -121,6 +122,40 @@ def running(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_folder_that_another_process_prepares_into_is_left_alone(tmp_path: Path) -> None:
+    listing, out = read_folder(make_source(tmp_path / "in"), val_fraction=0), tmp_path / "out"
+    settings = PrepareSettings(short_side=64, flow_scale=None)
+    prepare_share(listing, out, settings, (1, 2))
+    before = contents(out)
+    with (
+        lock(out / ".work" / "prepare"),
+        pytest.raises(UserError, match=r"another process prepares into"),
+    ):
+        prepare(listing, out, settings)
+    assert {name: data for name, data in contents(out).items() if not name.endswith(".lock")} == before
+    assert prepare(listing, out, settings).prepared == {"train": 6} and verify(out) == []
+
+
+def test_a_source_that_is_gone_for_a_while_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount that is lost on the way: none of its clips is bad, and what is done stays."""
+    source = make_source(tmp_path / "in", clips=2)
+    listing, out = read_folder(source, val_fraction=0), tmp_path / "out"
+    settings = PrepareSettings(short_side=64, flow_scale=None)
+
+    def lose(clip: SourceClip, settings: PrepareSettings) -> dict[str, bytes]:
+        if clip.class_name == "run":
+            (source / "run").rename(tmp_path / "elsewhere")
+        return transcode(clip, settings)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="was there when the clips were listed"):
+        patch.setattr("dataloaders.prepare.transcode", lose)
+        prepare(listing, out, settings, max_bad=1)
+    assert len(list(out.rglob("jump*.json"))) == 2
+    (tmp_path / "elsewhere").rename(source / "run")
+    report = prepare(listing, out, settings)
+    assert report.prepared == {"train": 4} and report.quarantined == ()
 
 
 @pytest.fixture

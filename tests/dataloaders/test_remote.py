@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import fsspec.implementations.memory
 import pytest
 import torch
 from tiny import small_disk
@@ -498,3 +499,18 @@ def test_p10_a_lane_that_does_not_come_on_is_named_with_its_place(
     assert_same(batches(data, 2), batches(local, 2))
     releasing.join()
     assert "thread lane-0, at work on range(0, 2), stands at locks.py:" in caplog.text
+
+
+def test_p12_what_one_may_not_read_is_one_sentence_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "_open", refuse)
+    with pytest.raises(UserError, match=r"memory://b/k/dataset\.json is refused \(Access Denied\)"):
+        DataSet.open("memory://b/k")
+
+
+def test_a_limited_page_fetches_no_more_shards_than_it_shows(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "data", shard_sizes=(5, 3))
+    data.shards("train")[1].path.unlink()
+    browse(data.folder, tmp_path / "page.html", limit=5)

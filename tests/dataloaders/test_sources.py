@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dataloaders.errors import UserError
 from dataloaders.sources import SourceClip, read_folder, read_lists, shuffled
 
 
@@ -41,6 +42,24 @@ def many_clips(classes: int, each: int) -> list[SourceClip]:
         for c in range(classes)
         for i in range(each)
     ]
+
+
+def test_a_folder_train_alone_gives_its_share_to_val_and_hidden_files_are_no_clips(tmp_path: Path) -> None:
+    for name in ("a/1.mp4", "a/2.mp4", "a/.thumbs/1.mp4", "a/.3.mp4"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).touch()
+    listing = read_folder(tmp_path, val_fraction=0.5)
+    assert sorted((clip.split, clip.class_name) for clip in listing.clips) == [("train", "a"), ("val", "a")]
+    (tmp_path / "train").rename(tmp_path / "training")
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds training, val: call folders of splits train, val, test"):
+        read_folder(tmp_path)
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "1.mp4").touch()
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf1.mp4 a\n")
+    assert [clip.relative for clip in read_lists([("train", tmp_path / "list.txt")], tmp_path).clips] == ["1.mp4"]
 
 
 def test_the_validation_share_is_stratified_and_keyed_by_the_path(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -104,6 +104,14 @@ def test_an_index_of_another_tar_is_found(tmp_path: Path) -> None:
     lines = index.read_text().splitlines()
     index.write_text("\n".join([lines[0], lines[2], lines[1]]) + "\n")
     assert verify(tmp_path) == ["train-000000.tar: the index does not match the tar"]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-30], lambda b: b[:-60], lambda b: b[:-9] + b"\xff" + b[-8:]])
+def test_a_damaged_index_is_found(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    make(tmp_path)
+    index = tmp_path / "train-000000.idx"
+    index.write_bytes(damage(index.read_bytes()))
+    assert verify(tmp_path) == [f"index {index} is damaged; run `rev2net verify {tmp_path}`"]
 
 
 @pytest.mark.parametrize(

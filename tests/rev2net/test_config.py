@@ -155,6 +155,9 @@ def test_p12_an_unknown_key_is_refused_with_the_nearest_valid_one(small: Path, o
         ("eval.views=2x2", r"^views '2x2' are unknown; give Tx1 or Tx3"),
         ("profile.steps=9-3", r"^profile\.steps='9-3' is not a range of steps: write FIRST-LAST"),
         ("train.global_batch=9", r"^train\.global_batch=9 is not a multiple of train\.micro_batch=4; change one"),
+        ("optim.lr=1.2.3e4", r"^optim\.lr='1\.2\.3e4': .*number"),
+        ("optim.momentum=-1", r"^optim\.momentum=-1: .*greater than or equal to 0"),
+        ("optim.betas=[0.9, 1]", r"^optim\.betas=1: .*less than 1"),
         ("train.seed", r"^'train\.seed' is not an override: write key=value"),
         ("=3", r"^'=3' is not an override"),
         ("output.x=1", r"'output', which is a value and has no keys$"),
@@ -224,6 +227,10 @@ def test_a_file_lies_over_its_bases(tmp_path: Path) -> None:
     assert config_from_tree(config.model_dump(mode="json")) == config
     (tmp_path / "bases" / "a.yaml").write_text("base: ../top.yaml\n")
     assert "is its own base, through" in refusal(top)
+    top.write_text("base: 5\n")
+    assert refusal(top) == f"{top} has base: 5; give a file beside it, a list of them, or no `base`"
+    top.write_bytes(b"output: \xff\n")
+    assert "is not valid YAML" in refusal(top)
     top.write_text("base: [nowhere.yaml]\n")
     assert refusal(top).startswith(f"there is no file {tmp_path / 'nowhere.yaml'}, the base of {top}: give")
 

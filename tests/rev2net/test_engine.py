@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
-from rev2net.distributed import fair_threads
-from rev2net.engine import conv3d_warning
+import pytest
+import torch
+from tiny import TINY
+
+from dataloaders.errors import UserError
+from rev2net.config import load_config
+from rev2net.distributed import Ranks, fair_threads
+from rev2net.engine import Engine, TrainingStep, conv3d_warning, deepspeed_config
+from rev2net.losses import Objective
+from rev2net.models.build import build_network
+
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -39,3 +49,45 @@ def test_a_core_is_shared_by_those_who_may_use_it(cores: list[tuple[str, set[int
 def test_known_bad_convolutions(torch_version: str, cudnn: int | None, expected: str | None) -> None:
     warning = conv3d_warning(torch_version, cudnn)
     assert (warning is None) if expected is None else (warning is not None and expected in warning)
+
+
+def test_keys_for_deepspeed_lie_over_ours_and_leave_the_others() -> None:
+    def tree(keys: str) -> dict[str, object]:
+        return deepspeed_config(load_config("configs/demo.yaml", [*TINY, f"train.deepspeed={keys}"]), ALONE)
+
+    assert tree("{zero_optimization: {overlap_comm: true}}")["zero_optimization"] == {"stage": 1, "overlap_comm": True}
+    for keys, advice in (
+        ("{zero_optimization: {stage: 3}}", "set train.zero_stage"),
+        ("{train_batch_size: 4}", "train"),
+    ):
+        with pytest.raises(UserError, match=advice):
+            tree(keys)
+
+
+@pytest.mark.parametrize(("scale", "applied"), [(65536.0, True), (1.0, False)])
+def test_an_overflow_under_fp16_is_the_scaler_s_until_scaling_cannot_be_the_reason(scale: float, applied: bool) -> None:
+    """PyTorch's own scaler; of DeepSpeed only what its step does with it without ZeRO."""
+    config = load_config("configs/demo.yaml", [*TINY, "train.precision=fp16", "train.zero_stage=0"])
+    network = build_network(config, 4)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    def step() -> None:
+        scaler.step(optimizer)
+        scaler.update()
+
+    deepspeed = SimpleNamespace(
+        torch_autocast_z0_gradscaler=scaler, optimizer=optimizer, step=step, was_step_applied=lambda: True
+    )
+    engine = Engine(
+        deepspeed=deepspeed, step_module=TrainingStep(network, Objective(), 0.1), accumulation=1, config=config,
+        ranks=ALONE, statistics={name: value.clone() for name, value in network.named_buffers()},
+    )  # fmt: skip
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    for gradient, overflowed, goes_on in ((float("inf"), True, applied), (1.0, False, True)):
+        scaler.scale(torch.zeros(()))
+        for parameter in network.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        assert (engine.finish_step(), engine.overflowed) == (goes_on, overflowed)
+        moved = [not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True)]
+        assert any(moved) is not overflowed

@@ -203,6 +203,20 @@ def test_a_checkpointed_block_compiles_and_moves_its_statistics_once() -> None:
         torch.testing.assert_close(block.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-3, msg=name)
 
 
+def test_activation_checkpointing_goes_with_sync_batchnorm() -> None:
+    """Without a process group it normalises like any other, but checks what it counts."""
+    torch.manual_seed(0)
+    clip = torch.randn(2, 3, 8, 32, 32)
+    moved = []
+    for saving in (False, True):
+        torch.manual_seed(0)
+        plain = I3D(4, width=0.125, dropout=0.0, activation_checkpointing=saving).train()
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(plain)
+        model(clip).square().sum().backward()
+        moved.append({name: value.clone() for name, value in model.named_buffers()})
+    assert all(torch.equal(moved[0][name], moved[1][name]) for name in moved[0])
+
+
 def test_activation_checkpointing_recomputes_the_inception_blocks_only() -> None:
     model = I3D(4, width=0.125, activation_checkpointing=True).train()
     runs = dict.fromkeys(("Conv3d_2c_3x3", "Mixed_3b", "Mixed_5c"), 0)

@@ -192,7 +192,9 @@ def encode(path: Path, frames: int, size: int = 128, options: dict[str, str] | N
     return path
 
 
-def test_files_that_are_no_videos_are_named_and_the_others_predicted(trained: Trained, clips: Path) -> None:
+def test_files_that_are_no_videos_are_named_and_the_others_predicted(
+    trained: Trained, clips: Path, tmp_path: Path
+) -> None:
     wrong = {
         "audio.m4a": "holds no video stream",
         "empty.mkv": "",
@@ -202,7 +204,8 @@ def test_files_that_are_no_videos_are_named_and_the_others_predicted(trained: Tr
         ".": "it is a folder",
     }
     videos = [str(clips / name) for name in (*wrong, "half.mp4", "good.mp4")]
-    done = run("rev2net", "predict", str(trained.output), *videos, "--json", "--top", "2", expect=2)
+    words = ("--json", "--top", "2", "--annotate", str(tmp_path))
+    done = run("rev2net", "predict", str(trained.output), *videos, *words, expect=2)
     told = [json.loads(line) for line in done.stdout.splitlines()]
     assert [entry["video"] for entry in told] == [str(Path(video)) for video in videos]
     assert "Traceback" not in done.stderr
@@ -215,6 +218,9 @@ def test_files_that_are_no_videos_are_named_and_the_others_predicted(trained: Tr
     assert (good["start"], good["end"]) == (0, 2.4)
     assert len(good["top"]) == 2
     assert good["top"][0]["score"] >= good["top"][1]["score"] > 0
+    # Damage ends a copy where it is, and what comes after it is copied all the same.
+    frames = {path.name: len(list(decoded(path))) for path in tmp_path.iterdir()}
+    assert frames.keys() == {"half.mp4", "good.mp4"} and 25 < frames["half.mp4"] < 100
 
 
 def test_long_videos_are_told_in_windows_and_copied_with_them(trained: Trained, clips: Path, tmp_path: Path) -> None:
@@ -265,9 +271,10 @@ def test_memory_does_not_grow_with_the_video(trained: Trained, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (("--window", "0"), "--window 0 is nothing"),
+        (("--window", "inf"), "--window inf is not possible"),
+        (("--window", "0"), "--window 0 is not possible"),
         (("--views", "10x2"), "views '10x2' are unknown"),
-        (("--top", "0"), "--top 0 is nothing"),
+        (("--top", "0"), "--top 0 is not possible"),
     ],
 )
 def test_impossible_words_are_one_sentence(trained: Trained, clips: Path, words: tuple[str, ...], reason: str) -> None:

@@ -341,9 +341,10 @@ def test_a_loss_that_is_not_finite_is_a_failed_cell_and_a_stop_is_gone_on_from(d
     }
 
 
-def test_a_run_does_not_go_on_with_other_clips_held_out(data: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_go_on_as_another_run(data: Path, tmp_path: Path) -> None:
     asked = iter([False, True])
     config = load_config(DEMO, words(data, tmp_path / "run"))
     train(config, stop_requested=lambda: next(asked))
-    with pytest.raises(UserError, match=r"was trained with data\.holdout=0\.25, not 0\.5"):
-        train(load_config(DEMO, [*words(data, tmp_path / "run"), "data.holdout=0.5"]))
+    for key, before, now in (("data.holdout", 0.25, 0.5), ("data.split", 1, 2), ("train.seed", 0, 1)):
+        with pytest.raises(UserError, match=rf"was trained with {key}={before}, not {now}: choose another output="):
+            train(load_config(DEMO, [*words(data, tmp_path / "run"), f"{key}={now}"]))

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from rev2net.cli import main
 from rev2net.config import load_config
 from rev2net.losses import TERMS
 from rev2net.models import I3D
-from rev2net.train import open_data, train
+from rev2net.train import ASK_EVERY, open_data, train
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,8 @@ def test_p4_resume_is_bit_equal_and_stays_in_the_same_run(tiny_data: Path, tmp_p
     assert (stopped.step, stopped.finished, stopped.metrics) == (3, False, {})
     finished = train(parts)
     assert finished.finished and finished.run_id == stopped.run_id
+    (tmp_path / "parts" / "result.json").write_text("")  # of a disk that was full
+    assert train(parts) == finished and json.loads((tmp_path / "parts" / "result.json").read_text())["step"] == 5
     client = MlflowClient(finished.tracking_uri)
     experiment = client.get_experiment_by_name("rev2net").experiment_id
     ids = {r.info.run_name: r.info.run_id for r in client.search_runs([experiment])}
@@ -257,7 +260,7 @@ def test_p5_checkpoint_of_two_ranks_goes_on_on_one(trained: Trained, tiny_data: 
 def test_init_from_replaces_the_head_only(trained: Trained, tiny_data: Path, tmp_path: Path) -> None:
     config = load_config(
         "configs/demo.yaml",
-        [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/ft", f"init_from={trained.output}",
+        [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/ft", f"init_from={trained.output}/checkpoints/latest",
          "train.duration=1steps", "optim.lr=1e-12", "optim.weight_decay=0"],
     )  # fmt: skip
     result = train(config)
@@ -269,6 +272,45 @@ def test_init_from_replaces_the_head_only(trained: Trained, tiny_data: Path, tmp
     torch.testing.assert_close(tuned["encoder.Mixed_4b.b0.conv3d.weight"], source["encoder.Mixed_4b.b0.conv3d.weight"])
     fresh = "flow_output.flow.weight"
     assert not torch.allclose(tuned[fresh], source[fresh])
+
+
+def test_p7_a_stop_does_not_wait_for_an_evaluation(tiny_data: Path, tmp_path: Path) -> None:
+    """Its checkpoint is there: the next start does what was left, once."""
+    words = [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/run", "model.name=i3d", "loss.ddp=none"]
+    words += ["train.duration=2steps", "train.eval_every=1steps", "eval.views=10x1", "eval.batch=1"]
+    config = load_config("configs/demo.yaml", words)
+    evaluation = [False] * (8 * 10 // ASK_EVERY)
+    asked = iter([False, *evaluation[1:], True])
+    results = [train(config, stop_requested=lambda: next(asked))]
+    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    assert checkpoint.read_evaluation(folder) is None
+    asked = iter([*evaluation, False, True])
+    results.append(train(config, stop_requested=lambda: next(asked)))
+    assert checkpoint.read_evaluation(folder) is not None
+    results.append(train(config))
+    assert [(result.step, result.finished, bool(result.metrics)) for result in results] == [
+        (1, False, False),
+        (2, False, False),
+        (2, True, True),
+    ]
+    (run_id,) = {result.run_id for result in results}
+    history = MlflowClient(results[0].tracking_uri).get_metric_history(run_id, "val/top1")
+    assert [entry.step for entry in history] == [1, 2]
+
+
+def test_compile_compiles_the_training_step(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as ever, and run as it is: the compiler of C++ that comes after would take minutes."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    words = [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/run", "train.duration=1steps", "model.compile=true"]
+    train(load_config("configs/demo.yaml", [*words, "model.name=i3d", "loss.ddp=none"]))
+    convolutions = [node for graph in graphs for node in graph.graph.nodes if "conv3d" in str(node.target)]
+    assert len(convolutions) >= 57  # an I3D's
 
 
 def test_p12_user_mistakes_are_one_sentence(
@@ -285,6 +327,10 @@ def test_p12_user_mistakes_are_one_sentence(
     )
     assert "sync_bn" in refused(*demo, "model.sync_bn=true")
     assert "checkpoint" in refused("eval", str(tmp_path), str(tiny_data))
+    assert "--batch 0 is not possible" in refused("eval", str(trained.output), str(tiny_data), "--batch", "0")
+    assert "neither .png nor" in refused("eval", str(trained.output), str(tiny_data), "--confusion", "x.foo")
+    assert "is in no folder" in refused("eval", str(trained.output), str(tiny_data), "--json", str(tmp_path / "a/b"))
+    assert "set train.zero_stage" in refused(*demo, "train.deepspeed={zero_optimization: {stage: 2}}")
     assert "whole" in refused("eval", str(trained.output), str(tiny_data), "--views", "many")
     assert "train" in refused("eval", str(trained.output), str(tiny_data), "--split", "test")
     assert not (tmp_path / "run").exists()
