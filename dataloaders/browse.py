@@ -25,7 +25,15 @@ from dataloaders.flow import decode_flow
 from dataloaders.flow.colours import flow_colours
 from dataloaders.prepare import Progress
 from dataloaders.pyav_backend import decode_pictures, to_luma, to_rgb
-from dataloaders.shards import FLOW_EXTENSION, INFO_EXTENSION, RGB_EXTENSION, DataSet, SampleInfo, ShardReader
+from dataloaders.shards import (
+    FLOW_EXTENSION,
+    INFO_EXTENSION,
+    RGB_EXTENSION,
+    DataSet,
+    SampleInfo,
+    ShardReader,
+    check_output,
+)
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 _ROW = 72
@@ -71,8 +79,7 @@ def browse(
     for name, value in (("--frames", frames), ("--workers", workers), ("--limit", 1 if limit is None else limit)):
         if value < 1:
             raise UserError(f"{name} is {value}; give 1 or more")
-    if out.suffix not in (".html", ".htm"):
-        raise UserError(f"output {out} is no .html file; give a name that ends in .html")
+    check_output(out, (".html", ".htm"))
     data = DataSet.open(location)
     splits = data.splits if split is None else (split,)
     total = sum(min(data.num_samples(s), limit or data.num_samples(s)) for s in splits)

@@ -102,8 +102,8 @@ class VideoSource:
         self._path = path
         self._threads = threads
         try:
-            # Some HMDB51 files hold metadata that is not UTF-8.
-            self._container = av.open(str(path), metadata_errors="ignore")
+            # Some HMDB51 files hold metadata that is not UTF-8. Without `file:` a name like 12:30.mp4 is an address.
+            self._container = av.open(f"file:{path}", metadata_errors="ignore")
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise DecodeError(str(path), _reason(error)) from error
         try:

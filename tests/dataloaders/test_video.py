@@ -180,6 +180,15 @@ def numbers_of(pictures: list[npt.NDArray[np.uint8]]) -> list[int]:
     return [round(float(gray(picture).mean()) / 5) for picture in pictures]
 
 
+@pytest.mark.parametrize("name", ["12:30.mp4", "http:x.mp4", "a b%20c%03d.mp4", "ü#?.mp4"])
+def test_a_file_s_name_is_no_address_and_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    write_video(tmp_path / "plain.mp4", moving(3))
+    monkeypatch.chdir(tmp_path)
+    Path("plain.mp4").rename(name)
+    with VideoSource(Path(name)) as source:
+        assert source.width == 64
+
+
 def test_a_source_at_the_wanted_rate_keeps_every_frame(tmp_path: Path) -> None:
     source = write_video(tmp_path / "s.mp4", numbered(40))
     assert numbers_of(pictures_of(source, 64, 48, Fraction(25))) == list(range(40))
