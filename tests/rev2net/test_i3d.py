@@ -203,8 +203,9 @@ def test_a_checkpointed_block_compiles_and_moves_its_statistics_once() -> None:
         torch.testing.assert_close(block.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_activation_checkpointing_goes_with_sync_batchnorm() -> None:
+def test_activation_checkpointing_goes_with_sync_batchnorm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a process group it normalises like any other, but checks what it counts."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     torch.manual_seed(0)
     clip = torch.randn(2, 3, 8, 32, 32)
     moved = []

@@ -114,7 +114,7 @@ def test_what_a_resume_changes_in_the_configuration_is_a_tag(tmp_path: Path) -> 
 
 def test_all_cells_of_the_tables_keep_their_runs_where_the_report_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    configs = [config for path in CONFIGS.glob("*/*.yaml") if (config := load_config(path)).tracking.cell]
+    configs = [load_config(path) for path in CONFIGS.glob("*/*.yaml") if "cell:" in path.read_text()]
     assert len(configs) == 54
     assert {tracking_uri(config) for config in configs} == {f"sqlite:///{DEFAULT.resolve()}"}
 
