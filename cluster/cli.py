@@ -289,7 +289,7 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
         folder = next(possible_folders(options.folder, name))
         sys.stdout.write(sbatch_script(placement=placement, site=site, folder=folder, name=name))
         return 0
-    _refuse_second(options.folder, config.output)
+    _refuse_second(options, config.output)
     task = Task(work=TrainWork(config=config))
     with new_folder(options.folder, name, config.yaml()) as folder:
         if options.executor == "slurm":
@@ -320,16 +320,14 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
     return 1
 
 
-def _refuse_second(parent: Path, output: str) -> None:
+def _refuse_second(options: argparse.Namespace, output: str) -> None:
     """A job that is being cancelled may still save: another one in its folder would begin before that."""
     from cluster.jobs import read_jobs
     from cluster.status import read_statuses
 
-    own = [
-        each
-        for each in read_jobs(parent)
-        if each.job.kind == "train" and Path(each.job.output) == Path(output).absolute()
-    ]
+    place = str(Path(output).absolute())
+    jobs = (each for each in read_jobs(options.folder) if each.job.executor == options.executor)
+    own = [each for each in jobs if each.job.kind == "train" and each.job.output == place]
     for each, status in zip(own, read_statuses(own), strict=True):
         if status.alive:
             raise UserError(

@@ -138,13 +138,18 @@ def requeue_outside() -> None:
 
 
 def _preempted() -> bool:
-    """Whether Slurm says that it takes the nodes from this job; False where there is nobody to ask."""
+    """Whether Slurm takes the nodes from this job, which runs: is neither cancelled nor requeued yet. False where there
+    is nobody to ask.
+    """
     if os.environ["SUBMITIT_EXECUTOR"] != "slurm" or shutil.which("scontrol") is None:
         return False
     words = ("scontrol", "show", "job", os.environ["SLURM_JOB_ID"])
-    told = subprocess.run(words, capture_output=True, text=True, check=False).stdout
-    when = re.search(r"\bPreemptTime=(\S+)", told)
-    return when is not None and when[1] not in ("None", "Unknown")
+    try:
+        told = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30).stdout
+    except subprocess.TimeoutExpired:
+        return False
+    facts = dict(re.findall(r"\b(JobState|PreemptTime)=(\S+)", told))
+    return facts.get("JobState") == "RUNNING" and facts.get("PreemptTime", "None") not in ("None", "Unknown")
 
 
 def _ask_the_script(environment: Any, countdown: int) -> None:

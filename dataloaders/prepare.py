@@ -106,18 +106,38 @@ def prepare(
         raise UserError(f"the allowed share of bad clips is {max_bad}; give a number from 0 to 1")
     identity = _identity(listing, settings, workers, max_missing)
     work = out / WORK
-    _claim(out, identity)
-    work.mkdir(exist_ok=True)
-    with lock(work / "prepare", wait=False) as ours:
+    if _claim(out, identity):
+        report = _finished_report(out)
+    else:
+        work.mkdir(exist_ok=True)
+        with _alone(out):
+            done = _claim(out, identity)  # by another process, just now
+            report = (
+                _finished_report(out)
+                if done
+                else _prepare(listing, out, settings, identity, workers=workers, max_bad=max_bad)
+            )
+    if report.finished:
+        shutil.rmtree(work, ignore_errors=True)  # also of a share that came late, and of an end before this line
+    return report
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other processes out, where the file system has locks (Lustre mounted without `flock` has none)."""
+    with contextlib.ExitStack() as stack:
+        try:
+            ours = stack.enter_context(lock(out / WORK / "prepare", wait=False))
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            ours = True
         if not ours:
             raise UserError(
                 f"another process prepares into {out}: wait until it is done, or, if there is none, delete "
-                f"{work / 'prepare.lock'}"
+                f"{out / WORK / 'prepare.lock'}"
             )
-        if _claim(out, identity):
-            shutil.rmtree(work, ignore_errors=True)  # of a late share, or an end between manifest and clean-up
-            return _finished_report(out)
-        return _prepare(listing, out, settings, identity, workers=workers, max_bad=max_bad)
+        yield
 
 
 def _prepare(
@@ -148,7 +168,6 @@ def _prepare(
     write_manifest(out, _manifest(listing, settings, identity, records, quarantined))
     for stray in out.glob("*.tmp"):
         stray.unlink()
-    shutil.rmtree(work, ignore_errors=True)
     return PrepareReport(
         prepared={split: sum(map(len, shards)) for split, shards in plan.items()},
         quarantined=quarantined,
@@ -277,7 +296,7 @@ def _refuse_empty_splits(listing: SourceListing, bad: Sequence[BadClip], out: Pa
         return
     first = next(entry for entry in bad if entry.split == empty[0])
     if not counts.total():  # nothing is worth keeping
-        shutil.rmtree(out / WORK)
+        shutil.rmtree(out / WORK, ignore_errors=True)
         with contextlib.suppress(OSError):
             out.rmdir()
     raise UserError(

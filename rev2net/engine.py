@@ -283,7 +283,7 @@ def build_engine(config: Config, ranks: Ranks, network: Network) -> Engine:
     """Hand a network (with its starting weights in place) to DeepSpeed.
 
     Raises:
-        UserError: SyncBatchNorm on a CPU, or a batch that the ranks cannot divide.
+        UserError: SyncBatchNorm on a CPU, compilation with ZeRO-3, or a batch that the ranks cannot divide.
     """
     accumulation = micro_batches(config, ranks)
     if config.model.sync_bn:
@@ -293,6 +293,11 @@ def build_engine(config: Config, ranks: Ranks, network: Network) -> Engine:
     # The parameters stay contiguous (DeepSpeed views them as flat bytes): channels_last comes in with the clips.
     network.to(ranks.device)
     step_module = TrainingStep(network.train(), config.loss.objective(), config.target.weight)
+    if config.model.compile and config.train.zero_stage == 3:
+        raise UserError(
+            "model.compile=true does little with train.zero_stage=3, whose hooks break the graph at every module: use "
+            "stage 0, 1 or 2"
+        )
     if config.model.compile:
         network.heads = torch.compile(network.heads)  # type: ignore[method-assign]  # `compile()` is for __call__ alone
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)

@@ -458,8 +458,11 @@ class TrainingRun:
             if batch is not None:
                 self.heart.move()
                 yield batch
-            if index % ASK_EVERY == 0 and self.ranks.any(self._stop_requested()):
-                raise EvaluationStoppedError
+            if index % ASK_EVERY == 0:
+                self.heart.beat("asks whether to stop")
+                if self.ranks.any(self._stop_requested()):
+                    raise EvaluationStoppedError
+                self.heart.beat(f"evaluates step {self.step}")
         self.heart.beat("waits for the other ranks' part of the evaluation")
 
     def _draw(self, network: Network, accuracy: Mapping[str, Metrics]) -> None:

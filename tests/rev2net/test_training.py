@@ -293,9 +293,9 @@ def test_p7_a_stop_does_not_wait_for_an_evaluation(tiny_data: Path, tmp_path: Pa
         (2, False, False),
         (2, True, True),
     ]
-    (run_id,) = {result.run_id for result in results}
-    history = MlflowClient(results[0].tracking_uri).get_metric_history(run_id, "val/top1")
-    assert [entry.step for entry in history] == [1, 2]
+    client = MlflowClient(results[-1].tracking_uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("rev2net").experiment_id])
+    assert [entry.step for entry in client.get_metric_history(found.info.run_id, "val/top1")] == [1, 2]
 
 
 def test_compile_compiles_the_training_step(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,6 +326,7 @@ def test_p12_user_mistakes_are_one_sentence(
         *demo, f"output={trained.output}", "train.duration=9steps", "model.width=0.5"
     )
     assert "sync_bn" in refused(*demo, "model.sync_bn=true")
+    assert "use stage 0, 1 or 2" in refused(*demo, "model.compile=true", "train.zero_stage=3")
     assert "checkpoint" in refused("eval", str(tmp_path), str(tiny_data))
     assert "--batch 0 is not possible" in refused("eval", str(trained.output), str(tiny_data), "--batch", "0")
     assert "neither .png nor" in refused("eval", str(trained.output), str(tiny_data), "--confusion", "x.foo")
