@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dataloaders.errors import UserError
+from dataloaders.yaml_file import read_mapping
 
 
 class Site(BaseModel):
@@ -62,12 +62,7 @@ def load_site(path: Path | None) -> Site:
         return Site()
     if not path.is_file():
         raise UserError(f"there is no site file {path}: give a YAML file such as configs/cluster/example.yaml")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds {type(tree).__name__}, but a site file is a mapping of settings")
+    tree = read_mapping(path, "a site file is a mapping of settings")
     try:
         return Site.model_validate(tree)
     except ValidationError as error:

@@ -105,26 +105,20 @@ def prepare(
     if not 0 <= max_bad <= 1:
         raise UserError(f"the allowed share of bad clips is {max_bad}; give a number from 0 to 1")
     identity = _identity(listing, settings, workers, max_missing)
-    work = out / WORK
     if _claim(out, identity):
         report = _finished_report(out)
     else:
-        work.mkdir(exist_ok=True)
         with _alone(out):
-            done = _claim(out, identity)  # by another process, just now
-            report = (
-                _finished_report(out)
-                if done
-                else _prepare(listing, out, settings, identity, workers=workers, max_bad=max_bad)
-            )
+            report = _prepare(listing, out, settings, identity, workers=workers, max_bad=max_bad)
     if report.finished:
-        shutil.rmtree(work, ignore_errors=True)  # also of a share that came late, and of an end before this line
+        shutil.rmtree(out / WORK, ignore_errors=True)  # also of a share that came late, and of an end before this line
     return report
 
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Keep other processes out, where the file system has locks (Lustre mounted without `flock` has none)."""
+    (out / WORK).mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
             ours = stack.enter_context(lock(out / WORK / "prepare", wait=False))
@@ -150,6 +144,8 @@ def _prepare(
     max_bad: float,
 ) -> PrepareReport:
     """`prepare` of a folder that is this process's alone."""
+    if _claim(out, identity):  # another process has just made it
+        return _finished_report(out)
     work = out / WORK
     plan_file = work / PLAN
     if not plan_file.is_file():

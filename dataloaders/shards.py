@@ -35,7 +35,8 @@ INFO_EXTENSION = "json"
 HELD_OUT = "held-out"
 """Name of the split that `DataSet.hold_out` makes."""
 _INDEX_VERSION = "v1.2"
-_INDEX_LINE = re.compile(rb"[!-~]+ \d{1,18} \d{1,18} [!-~]+\.[!-~]+(?: [!-~]+ \d{1,18} \d{1,18} [!-~]+\.[!-~]+)*")
+_INDEX_ENTRY = rb"[!-~]+ \d{1,18} \d{1,18} [!-~]+\.[!-~]+"
+_INDEX_LINE = re.compile(rb"%b(?: %b)*" % (_INDEX_ENTRY, _INDEX_ENTRY))
 _TAR_BLOCK = 512
 
 

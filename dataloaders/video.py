@@ -74,9 +74,9 @@ _GRAY_OF_LUMA: npt.NDArray[np.uint8] = np.clip(
 
 
 def video_stream(container: Any) -> Any:
-    """The first video stream of what PyAV has opened; IndexError where there is none, ValueError where FFmpeg has no
-    decoder for it.
-    """
+    """The first video stream of what PyAV has opened; ValueError where there is none that FFmpeg has a decoder for."""
+    if not container.streams.video:
+        raise ValueError("holds no video stream")
     stream = container.streams.video[0]
     if stream.codec_context is None:
         raise ValueError("its video is encrypted, or in a codec that FFmpeg does not know")
@@ -113,8 +113,6 @@ class VideoSource:
             raise
 
     def _start(self) -> None:
-        if not self._container.streams.video:
-            raise DecodeError(str(self._path), "holds no video stream")
         try:
             stream = video_stream(self._container)
         except ValueError as error:

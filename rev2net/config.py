@@ -21,6 +21,7 @@ from dataloaders.errors import UserError
 from dataloaders.plan import Views
 from dataloaders.remote import CACHE_GB
 from dataloaders.shards import HELD_OUT
+from dataloaders.yaml_file import read_mapping
 from rev2net.losses import DDP, KLReduction, Objective, Reduction
 from rev2net.models.rev2net import HIDDEN, Skip
 
@@ -415,12 +416,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"there is no {wanted}: give the path of a YAML file, such as configs/demo.yaml")
     if path.resolve() in above:
         raise UserError(f"{path} is its own base, through {above[-1]}: remove one `base`")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds {type(tree).__name__}, but a configuration is a mapping of sections")
+    tree = read_mapping(path, "a configuration is a mapping of sections")
     bases = tree.pop("base", [])
     if not isinstance(bases, str | list):
         raise UserError(f"{path} has base: {bases}; give a file beside it, a list of them, or no `base`")

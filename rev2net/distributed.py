@@ -128,7 +128,7 @@ def join(ranks: Ranks, threads: int | None) -> None:
 def limit_collectives(seconds: float) -> None:
     """From now on a collective that takes longer ends its process: the first step, which may, is done."""
     groups = dist.distributed_c10d._world.pg_map  # DeepSpeed has groups of its own
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before PyTorch 2.14
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # of older PyTorch
     for group in groups:
         set_timeout(timedelta(seconds=seconds), group)
 

@@ -95,9 +95,8 @@ def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": config.optim.clip_grad_norm,
         "steps_per_print": 10**9,
-        "timers": {
-            "throughput": {"enabled": False}
-        },  # waits for the GPU before each forward pass, for what is not shown
+        # The timer waits for the GPU before each forward pass, for what is not shown.
+        "timers": {"throughput": {"enabled": False}},
     }
     if train.precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[train.precision]
@@ -293,12 +292,12 @@ def build_engine(config: Config, ranks: Ranks, network: Network) -> Engine:
     # The parameters stay contiguous (DeepSpeed views them as flat bytes): channels_last comes in with the clips.
     network.to(ranks.device)
     step_module = TrainingStep(network.train(), config.loss.objective(), config.target.weight)
-    if config.model.compile and config.train.zero_stage == 3:
-        raise UserError(
-            "model.compile=true does little with train.zero_stage=3, whose hooks break the graph at every module: use "
-            "stage 0, 1 or 2"
-        )
     if config.model.compile:
+        if config.train.zero_stage == 3:
+            raise UserError(
+                "model.compile=true does little with train.zero_stage=3, whose hooks break the graph at every module: "
+                "use stage 0, 1 or 2"
+            )
         network.heads = torch.compile(network.heads)  # type: ignore[method-assign]  # `compile()` is for __call__ alone
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
     import deepspeed

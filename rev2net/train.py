@@ -93,7 +93,7 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
         stack.enter_context(run.heart)
         stopped = not run.evaluate_if_due()  # it may have been killed between saving and evaluating
         while run.step < run.total and not stopped:
-            scalars, stopped = run.train_step(stop_requested())
+            scalars, stopped = run.train_step()
             run.report(scalars)
             if stopped or run.step == run.total or run.due(config.train.checkpoint_every, config.train.eval_every):
                 run.save(config.train.keep_checkpoints)
@@ -199,18 +199,13 @@ class TrainingRun:
 
     def _refuse_another(self, before: Mapping[str, Any], resumed: Path) -> None:
         """UserError for what a run cannot change: it would be another run, or be tested on clips that it knows."""
-        data, train = before["data"], before["train"]
-        was = {"data.holdout": data.get("holdout", 0.0), "data.split": data["split"], "train.seed": train["seed"]}
-        now = {
-            "data.holdout": self.config.data.holdout,
-            "data.split": self.config.data.split,
-            "train.seed": self.config.train.seed,
-        }
-        for key, value in was.items():
-            if now[key] != value:
+        for section, key in (("data", "holdout"), ("data", "split"), ("train", "seed")):
+            was, now = before[section].get(key, 0.0), getattr(getattr(self.config, section), key)
+            if was != now:
+                name = f"{section}.{key}"
                 raise UserError(
-                    f"{resumed} was trained with {key}={value}, not {now[key]}: choose another output=, or set "
-                    f"{key}={value} to go on"
+                    f"{resumed} was trained with {name}={was}, not {now}: choose another output=, or set {name}={was} "
+                    "to go on"
                 )
 
     def _facts(self, *, fresh: bool) -> dict[str, str]:
@@ -251,7 +246,7 @@ class TrainingRun:
         if resumed is not None:
             log.info("going on from %s at step %d", resumed, self.step)
 
-    def train_step(self, stop: bool) -> tuple[dict[str, float], bool]:
+    def train_step(self) -> tuple[dict[str, float], bool]:
         """One optimizer step, or none where the loss or a gradient is not finite.
 
         Returns:
@@ -260,6 +255,7 @@ class TrainingRun:
         self.engine.set_rate(self.schedule.rate(self.step))
         self.engine.set_shares(growing(self.step, self.ddp_low_from), fading(self.step, self.fade_from, self.total))
         self.engine.set_reversal(reversal_factor(self.step, self.total))
+        stop = self._stop_requested()
         sums: dict[str, Tensor] = {}
         keys: list[str] = []
         number = self.step + 1

@@ -129,10 +129,7 @@ def test_a_folder_that_another_process_prepares_into_is_left_alone(tmp_path: Pat
     settings = PrepareSettings(short_side=64, flow_scale=None)
     prepare_share(listing, out, settings, (1, 2))
     before = contents(out)
-    with (
-        lock(out / ".work" / "prepare"),
-        pytest.raises(UserError, match=r"another process prepares into"),
-    ):
+    with lock(out / ".work" / "prepare"), pytest.raises(UserError, match="another process prepares into"):
         prepare(listing, out, settings)
     assert {name: data for name, data in contents(out).items() if not name.endswith(".lock")} == before
     assert prepare(listing, out, settings).prepared == {"train": 6} and verify(out) == []

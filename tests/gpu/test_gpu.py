@@ -194,7 +194,7 @@ def one_step(data: DataSet, output: Path, precision: str) -> tuple[dict[str, flo
     seen: list[torch.dtype] = []
     stem = module.get_submodule("network.encoder.Conv3d_1a_7x7.conv3d")
     stem.register_forward_hook(lambda _module, _inputs, result: seen.append(result.dtype))
-    scalars, _ = run.train_step(False)
+    scalars, _ = run.train_step()
     run.loaders[0].close()
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}

@@ -24,7 +24,8 @@ from tiny import TINY
 from rev2net.cli import main
 from rev2net.config import load_config
 from rev2net.report import CONFIGS, DATA, Cell, Report, read_report
-from rev2net.store import TESTS, reading
+from rev2net.store import DEFAULT, TESTS, reading
+from rev2net.tracking import tracking_uri
 
 NASTY = "<script>document.title='broken'</script> | `x` [a](b) \x1b[31m"
 COMMIT = "0123456789abcdef"
@@ -122,11 +123,15 @@ def runs(empty: Path, tmp_path: Path) -> Runs:
     return Runs(tmp_path / "store")
 
 
-def test_every_configuration_says_which_cell_it_is() -> None:
+def test_every_configuration_says_which_cell_it_is_and_runs_where_the_report_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     files = [file for file in CONFIGS.glob("*/*.yaml") if file.parent.name not in ("bases", "classes", "cluster")]
     assert len(files) == 54
     for file in files:
         config = load_config(file)
+        assert tracking_uri(config) == f"sqlite:///{DEFAULT.resolve()}"
         assert config.tracking.cell == file.relative_to(CONFIGS).with_suffix("").as_posix()
         assert {Path(path).name for path in (config.data.path, config.target.path) if path is not None} <= DATA.keys()
 

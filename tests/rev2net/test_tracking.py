@@ -14,9 +14,7 @@ from tiny import environment
 
 from rev2net import tracking
 from rev2net.config import Config, load_config
-from rev2net.report import CONFIGS
-from rev2net.store import DEFAULT
-from rev2net.tracking import Tracker, source_commit, tracking_uri
+from rev2net.tracking import Tracker, source_commit
 
 
 def configuration(folder: Path, uri: str | None = None) -> Config:
@@ -110,13 +108,6 @@ def test_what_a_resume_changes_in_the_configuration_is_a_tag(tmp_path: Path) -> 
     assert run.data.params["train.duration"] == "240steps" and run.data.params["train.steps"] == "240"
     rows = (tmp_path / "run" / "outbox.jsonl").read_text().splitlines()
     assert sum('"changed.' in row for row in rows) == 1
-
-
-def test_all_cells_of_the_tables_keep_their_runs_where_the_report_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    configs = [load_config(path) for path in CONFIGS.glob("*/*.yaml") if "cell:" in path.read_text()]
-    assert len(configs) == 54
-    assert {tracking_uri(config) for config in configs} == {f"sqlite:///{DEFAULT.resolve()}"}
 
 
 def test_a_new_training_in_the_same_folder_starts_an_empty_run(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def losses(run: TrainingRun, until: int) -> list[float]:
     """Train to a step; the total loss of each step."""
     found = []
     while run.step < until:
-        scalars, _ = run.train_step(False)
+        scalars, _ = run.train_step()
         found.append(scalars["loss/total"])
     return found
 
