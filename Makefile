@@ -47,7 +47,8 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "==> the whole suite; real-clip tests skip where ../shared is absent"
-	$(BIN)/python -m pytest -m 'not gpu and not chaos'
+	@# Two files at a time: much of a test is waiting for processes.
+	$(BIN)/python -m pytest -m 'not gpu and not chaos' -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -26,18 +26,21 @@ class Outbox:
     Attributes:
         rows: all of them, those that have arrived included.
         run: store and id of the MLflow run that they go to; None before it is known.
+        forgotten: the same of the earlier run, where a fresh start has forgotten it.
     """
 
     def __init__(self, folder: Path, *, fresh: bool) -> None:
         self._file, self._mark = folder / "outbox.jsonl", folder / "outbox.json"
         folder.mkdir(parents=True, exist_ok=True)
+        state = _json(self._mark.read_bytes()) if self._mark.exists() else {}
+        self.run: tuple[str, str] | None = tuple(state["run"]) if state.get("run") else None
+        self.forgotten = None
         if fresh:
             self._file.unlink(missing_ok=True)
             self._mark.unlink(missing_ok=True)
+            self.run, self.forgotten, state = None, self.run, {}
         self._lock = threading.Lock()
         self.rows = self._read()
-        state = _json(self._mark.read_bytes()) if self._mark.exists() else {}
-        self.run: tuple[str, str] | None = tuple(state["run"]) if state.get("run") else None
         self._arrived = min(int(state.get("arrived", 0)), len(self.rows))
         self._pending = deque(self.rows[self._arrived :])
 

@@ -82,6 +82,8 @@ class Tracker:
             self._last |= dict.fromkeys(row.get("values", ()), row.get("step", 0))
         params = {key: value[:500] for key, value in {**config.flat(), **(facts or {})}.items()}
         if not self._outbox.rows:
+            if self._outbox.forgotten is not None and self._outbox.forgotten[0] == self.uri:
+                self._put({"replaces": self._outbox.forgotten[1]})
             self._put({"params": params})
             self._put({"text": config.yaml(), "name": "config.yaml"})
         elif changed := params.items() - self._told().items():
@@ -220,6 +222,10 @@ class Tracker:
         if "status" in row:
             if len(self._outbox) == 1:  # else it is that of an earlier start
                 self._client.set_terminated(self.run_id, row["status"])
+        elif "replaces" in row:
+            # Killed before its first checkpoint: nobody goes on with it, and it would be RUNNING for ever.
+            if self._client.get_run(row["replaces"]).info.status == "RUNNING":
+                self._client.set_terminated(row["replaces"], "KILLED")
         elif "params" in row:
             params = [Param(key, value) for key, value in row["params"].items()]
             self._client.log_batch(self.run_id, params=params)

@@ -14,6 +14,12 @@ from slurm import Slurm, missing
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest trainings first, and tests of one process after them: two files run at a time (make test)."""
+    order = {"chaos": 0, "dataloaders": 1}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
+
+
 def _shared(name: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():

@@ -117,6 +117,19 @@ def test_a_new_training_in_the_same_folder_starts_an_empty_run(tmp_path: Path) -
     assert history(tracker.uri) == [[(1, 1.0)], [(1, 1.0)]]
 
 
+def test_a_training_killed_before_its_first_checkpoint_does_not_stay_running(tmp_path: Path) -> None:
+    killed = Tracker(configuration(tmp_path), active=True)
+    killed.metrics({"x": 1.0}, 1)
+    killed.close()  # delivered, and without a status: as a kill leaves it
+    with Tracker(configuration(tmp_path), active=True) as again:
+        again.metrics({"x": 1.0}, 1)
+    client = MlflowClient(again.uri)
+    assert [client.get_run(str(run.run_id)).info.status for run in (killed, again)] == ["KILLED", "FINISHED"]
+    # One that came to its end keeps its status.
+    Tracker(configuration(tmp_path), active=True).close()
+    assert client.get_run(str(again.run_id)).info.status == "FINISHED"
+
+
 def test_a_disk_that_takes_no_entry_does_not_end_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
