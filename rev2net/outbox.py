@@ -34,7 +34,7 @@ class Outbox:
         folder.mkdir(parents=True, exist_ok=True)
         state = _json(self._mark.read_bytes()) if self._mark.exists() else {}
         self.run: tuple[str, str] | None = tuple(state["run"]) if state.get("run") else None
-        self.forgotten = None
+        self.forgotten: tuple[str, str] | None = None
         if fresh:
             self._file.unlink(missing_ok=True)
             self._mark.unlink(missing_ok=True)
