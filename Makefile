@@ -21,7 +21,8 @@ HURT := $(addprefix tests/chaos/,test_kills.py test_faults.py test_elastic.py) t
 
 help:
 	@echo "make demo      generated clips (or VIDEOS=folder) -> shards -> training on two processes -> MLflow; 5 minutes"
-	@echo "make test      the whole test suite"
+	@echo "make setup     .venv with everything in it (the others do it by themselves)"
+	@echo "make test      the test suite"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     training step and test-time network, written to benchmarks/train_step.md"
 	@echo "make accuracy  the accuracy runs of benchmarks/accuracy.md (about three hours on 2 cores)"
@@ -29,6 +30,7 @@ help:
 	@echo "make claims    the paper's claim on generated clips, benchmarks/claims.md (days; goes on where it was ended)"
 	@echo "make chaos     trainings and preparations that are hurt; rewrites the table of docs/reliability.md (40 minutes)"
 	@echo "make test-gpu  the tests that need an NVIDIA GPU"
+	@echo "make clean     remove what the demo has made"
 
 setup: $(STAMP)
 
@@ -80,4 +82,4 @@ test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
 clean:
-	rm -rf demo runs
+	rm -rf demo

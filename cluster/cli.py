@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, NoReturn
 from dataloaders.errors import UserError, describe_failure
 
 if TYPE_CHECKING:
+    from cluster.doctor import Row
     from cluster.jobs import JobFolder
     from cluster.submit import Placement
     from rev2net.config import Config
 
 _SUBMIT_EXAMPLES = """examples:
   rev2net-cluster submit configs/demo.yaml --gpus-per-node 2 --site configs/cluster/example.yaml
-  rev2net-cluster submit configs/demo.yaml --nodes 2 --gpus-per-node 8 train.global_batch=64 --dry-run
+  rev2net-cluster submit configs/demo.yaml --nodes 2 --gpus-per-node 8 train.global_batch=128 --dry-run
   rev2net-cluster submit configs/demo.yaml --tasks-per-node 2 --executor local
 """
 _PREPARE_EXAMPLES = """What follows is what `rev2net prepare` takes, see `rev2net prepare kinetics --help` and so on.
@@ -33,7 +34,7 @@ Where they are many, let them log to a server (MLFLOW_TRACKING_URI, or tracking.
 
 examples:
   rev2net-cluster sweep configs/demo.yaml --tasks 6 --gpus-per-node 1 --site configs/cluster/example.yaml
-  rev2net-cluster sweep configs/demo.yaml --full --tasks 64 --gpus-per-node 8 eval.views=1x1 --dry-run
+  rev2net-cluster sweep configs/ucf101-imagenet/rev2net.yaml --full --tasks 64 --gpus-per-node 8 --dry-run
   rev2net-cluster sweep configs/demo.yaml --tasks 2 --tasks-per-node 1 --executor local
 """
 _JOB_EXAMPLES = """A JOB is the number that submit prints, or the name of the job's folder.
@@ -47,6 +48,7 @@ examples:
 _DOCTOR_EXAMPLES = """examples:
   rev2net-cluster doctor
   rev2net-cluster doctor --processes 8 --storage /data/kinetics
+  rev2net-cluster doctor --nodes 4 --gpus-per-node 8 --site site.yaml --storage /data/kinetics
 """
 
 
@@ -95,8 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     submit.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
-    submit.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs, and tasks, on each machine")
-    submit.add_argument("--tasks-per-node", type=int, metavar="T", help="tasks on each machine without GPUs")
+    _add_ranks_of_a_node(submit)
     _add_experiment(submit)
     _add_job_options(submit)
     _add_sweep(commands)
@@ -114,14 +115,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_job_commands(commands)
     doctor = commands.add_parser(
         "doctor",
-        help="check this machine: versions, codecs, all-reduce, storage",
-        description="Check this machine within a minute; exit status 1 if something needed is broken.",
+        help="check this machine or some nodes: versions, codecs, all-reduce, storage",
+        description="Check this machine, or nodes in a Slurm job, within a minute; exit status 1 if it is broken.",
         epilog=_DOCTOR_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    doctor.add_argument("--processes", type=int, default=2, metavar="N", help="ranks of the all-reduce (default 2)")
+    doctor.add_argument("--processes", type=int, metavar="N", help="ranks of the all-reduce here (default 2)")
     doctor.add_argument("--storage", type=Path, metavar="DIR", help="measure reading the files of this folder")
+    doctor.add_argument("--nodes", type=int, metavar="N", help="check so many nodes, and an all-reduce over them")
+    _add_ranks_of_a_node(doctor)
+    _add_site(doctor)
     return parser
+
+
+def _add_ranks_of_a_node(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs, and tasks, on each machine")
+    parser.add_argument("--tasks-per-node", type=int, metavar="T", help="tasks on each machine without GPUs")
 
 
 def _add_experiment(parser: argparse.ArgumentParser) -> None:
@@ -175,10 +184,14 @@ def _add_folder(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/jobs"), metavar="DIR", help=text)
 
 
-def _add_job_options(parser: argparse.ArgumentParser) -> None:
+def _add_site(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--site", type=Path, metavar="YAML", help="partition, account and so on of your cluster")
-    parser.add_argument("--executor", choices=("slurm", "local"), default="slurm", help="where (default slurm)")
     _add_folder(parser, "each job gets a folder of its own in it, on storage that all nodes see (default runs/jobs)")
+
+
+def _add_job_options(parser: argparse.ArgumentParser) -> None:
+    _add_site(parser)
+    parser.add_argument("--executor", choices=("slurm", "local"), default="slurm", help="where (default slurm)")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch script, submit nothing")
 
 
@@ -389,13 +402,32 @@ def _cancel(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from cluster.doctor import diagnose
 
-    if options.processes < 1:
+    if options.processes is not None and options.processes < 1:
         raise UserError(f"--processes {options.processes} is not possible: give 1 or more")
+    here = (options.nodes, options.gpus_per_node, options.tasks_per_node, options.site) == (None,) * 4
+    rows = diagnose(processes=options.processes or 2, storage=options.storage) if here else _diagnose_nodes(options)
     healthy = True
-    for row in diagnose(processes=options.processes, storage=options.storage):
+    for row in rows:
         print(f"{row.state:<5} {row.name:<20} {row.text}", flush=True)
         healthy = healthy and row.state != "FAIL"
     return 0 if healthy else 1
+
+
+def _diagnose_nodes(options: argparse.Namespace) -> Iterator[Row]:
+    from cluster.doctor_nodes import diagnose_nodes
+    from cluster.site import load_site
+    from cluster.submit import Placement, require_slurm
+
+    if options.nodes is None:
+        raise UserError("--gpus-per-node, --tasks-per-node and --site are for the nodes of a job: give --nodes N too")
+    if options.processes is not None:
+        raise UserError("--processes is for this machine, --nodes for others: leave one of them out")
+    placement = Placement.from_options(
+        nodes=options.nodes, gpus_per_node=options.gpus_per_node, tasks_per_node=options.tasks_per_node
+    )
+    site = load_site(options.site)
+    require_slurm()
+    return diagnose_nodes(placement=placement, site=site, storage=options.storage, parent=options.folder)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class Job:
 
     ids: tuple[str, ...]
     ranks: int
-    kind: Literal["train", "prepare", "sweep"]
+    kind: Literal["train", "prepare", "sweep", "doctor"]
     name: str
     output: str
     executor: Literal["slurm", "local"]

@@ -12,7 +12,9 @@ from dataloaders.yaml_file import read_mapping
 
 
 class Site(BaseModel):
-    """Settings of one Slurm site; what is not given is left to Slurm's own defaults. Unknown keys are refused.
+    """Settings of one Slurm site. Unknown keys are refused.
+
+    What is not given is left to Slurm's own defaults, but for the two times.
 
     Only `time_minutes`, `signal_delay_s`, `max_timeouts` and `env` mean something to the local executor.
     """

@@ -216,6 +216,8 @@ def _ended(each: JobFolder) -> Status:
 
 def _is_finished(each: JobFolder) -> bool:
     output = Path(each.job.output)
+    if each.job.kind == "doctor":
+        return (each.path / f"{each.job.id}_0_result.pkl").exists()
     if each.job.kind != "prepare":
         return (output / "result.json").exists() and _runs_its_configuration(each)
     return (output / MANIFEST).exists() and (each.path / f"{each.job.ids[-1]}_0_result.pkl").exists()

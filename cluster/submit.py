@@ -23,7 +23,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from cluster.jobs import snapshot_environment
 from cluster.site import Site
-from cluster.task import REQUEUE, STOPPED, Task
+from cluster.task import REQUEUE, STOPPED
 from dataloaders.errors import UserError
 
 
@@ -78,7 +78,7 @@ def sbatch_script(*, placement: Placement, site: Site, folder: Path, name: str, 
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
-def submit_slurm(task: Task, *, placement: Placement, site: Site, folder: Path, name: str) -> Any:
+def submit_slurm(task: Callable[[], object], *, placement: Placement, site: Site, folder: Path, name: str) -> Any:
     """Submit and return submitit's job.
 
     Raises:

@@ -37,8 +37,8 @@ class DataConfig(Section):
 
     path: str = Field(description="folder made by `rev2net prepare`, or its URL (s3://, gs://, http://, ...)")
     split: int = Field(1, gt=0, description="official split; takes the place of {split} in data.path and output")
-    train_split: str = "train"
-    val_split: str = "val"
+    train_split: str = Field("train", description="split to learn from")
+    val_split: str = Field("val", description="split to evaluate on")
     holdout: float = Field(
         0.0, ge=0, lt=1, description="share of train_split to evaluate on, not train on, in place of val_split"
     )
@@ -65,16 +65,16 @@ class AugmentConfig(Section):
 
     scales: tuple[float, ...] = Field((1.0, 0.875, 0.75, 0.66), description="side of the crop / short side")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip (0 where left is a class)")
-    brightness: float = Field(0.0, ge=0)
-    contrast: float = Field(0.0, ge=0)
-    saturation: float = Field(0.0, ge=0)
-    hue: float = Field(0.0, ge=0, le=0.5)
+    brightness: float = Field(0.0, ge=0, description="x = factor from 1 - x to 1 + x, one for the whole clip")
+    contrast: float = Field(0.0, ge=0, description="the same")
+    saturation: float = Field(0.0, ge=0, description="the same")
+    hue: float = Field(0.0, ge=0, le=0.5, description="x = turn by -x to x of the colour circle")
 
 
 class LoaderConfig(Section):
     """How clips are decoded."""
 
-    backend: Literal["auto", "dali", "pyav"] = "auto"
+    backend: Literal["auto", "dali", "pyav"] = Field("auto", description="decoder; auto = dali where it can")
     workers: int = Field(2, gt=0, description="decoding threads of a rank")
     prefetch: int = Field(4, gt=0, description="micro-batches decoded ahead")
     pipelines_per_gpu: int = Field(1, gt=0, description="DALI pipelines of a rank (one feeds one NVDEC unit)")
@@ -94,16 +94,18 @@ class ModelConfig(Section):
     """The network."""
 
     # YAML 1.1 reads `off` as false.
-    name: Annotated[NetworkName, BeforeValidator(lambda name: "off" if name is False else name)] = "rev2net"
+    name: Annotated[NetworkName, BeforeValidator(lambda name: "off" if name is False else name)] = Field(
+        "rev2net", description="rev2net has the paper's two decoders, actionflownet one of its own"
+    )
     input: Stream = Field("rgb", description="what the network sees: frames, or their optical flow")
     width: float = Field(1.0, gt=0, description="factor on the channels of an I3D or 3D ResNet")
     backbone: Literal["resnet18", "resnet50"] = Field("resnet50", description="of tsn, tsm, stm and off")
     partial_bn: bool = Field(
         False, description="of tsn, tsm, stm and off: all batch normalisations but the first keep their statistics"
     )
-    dropout: float = Field(0.5, ge=0, lt=1)
-    flow_decoder: bool = True
-    frame_decoder: bool = True
+    dropout: float = Field(0.5, ge=0, lt=1, description="before the classifier")
+    flow_decoder: bool = Field(True, description="predict the optical flow in training")
+    frame_decoder: bool = Field(True, description="reconstruct the frames in reverse in training")
     decoder_channels: int = Field(HIDDEN, gt=0, description="of the decoders' hidden layers")
     decoder_skip: Skip = Field(
         "both", description="decoders that read the low-level volume, Conv3d_2c, beside their latents"
@@ -112,7 +114,7 @@ class ModelConfig(Section):
     imagenet: str | None = Field(
         None, description="torchvision's ImageNet weights: a file, or auto = the one in torch.hub's cache"
     )
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = Field(False, description="compute blocks twice rather than keep activations")
     compile: bool = Field(False, description="torch.compile the network")
     sync_bn: bool = Field(False, description="SyncBatchNorm over the ranks (GPU only)")
 
@@ -122,7 +124,7 @@ class TargetConfig(Section):
 
     path: str | None = Field(None, description="folder or URL, as data.path; null = no other domain")
     train_split: str = Field("train", description="its unlabelled clips")
-    val_split: str = "val"
+    val_split: str = Field("val", description="its split to test on")
     adapt: bool = Field(True, description="domain-adversarial training; false = train on data.path alone, and test")
     decode: bool = Field(False, description="the decoders learn from its clips too, which they need no labels for")
     weight: float = Field(0.1, ge=0, description="of the domain loss; at 1 a network from scratch learns no labels")
@@ -142,20 +144,20 @@ class TargetConfig(Section):
 class LossConfig(Section):
     """Equation 3. See `rev2net.losses.Objective`."""
 
-    ddp: DDP = "both"
+    ddp: DDP = Field("both", description="penalty on the decoders' disagreement; none where there are not two")
     ddp_low_from: str | int = Field(
         0, description="duration without the low-level penalty, which then grows over as long again"
     )
     fade_from: str | int | None = Field(
         None, description="duration after which alpha, beta and the lambdas fall, to nothing at the end; null = never"
     )
-    alpha: float = Field(0.01, ge=0)
-    beta: float = Field(0.1, ge=0)
-    lambda_flow: float = Field(0.1, ge=0)
-    lambda_im: float = Field(0.1, ge=0)
-    reduction: Reduction = "frobenius"
-    ddp_low_reduction: Reduction = "rms"
-    ddp_high_reduction: KLReduction = "sum"
+    alpha: float = Field(0.01, ge=0, description="weight of the high-level penalty")
+    beta: float = Field(0.1, ge=0, description="weight of the low-level penalty")
+    lambda_flow: float = Field(0.1, ge=0, description="weight of the flow's reconstruction")
+    lambda_im: float = Field(0.1, ge=0, description="weight of the frames' reconstruction")
+    reduction: Reduction = Field("frobenius", description="norm of the reconstructions' errors")
+    ddp_low_reduction: Reduction = Field("rms", description="norm of the low-level penalty")
+    ddp_high_reduction: KLReduction = Field("sum", description="of the divergences over the latents' elements")
 
     def objective(self, ddp_low: float = 1.0, auxiliary: float = 1.0) -> Objective:
         """The callable objective, the weights multiplied with `auxiliary`, beta also with `ddp_low`."""
@@ -167,15 +169,19 @@ class LossConfig(Section):
 class OptimConfig(Section):
     """Optimizer and learning rate."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw"] = Field("sgd", description="optimizer")
     lr: float = Field(0.1, gt=0, description="peak learning rate at `lr_batch`")
     lr_batch: int | None = Field(
         None, gt=0, description="batch that `lr` is meant for: scaled linearly; null = as it is"
     )
-    momentum: float = Field(0.9, ge=0, lt=1)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="of adamw"
+    )
     weight_decay: float = Field(1e-4, ge=0, description="not on biases and normalisations")
-    schedule: Literal["cosine", "wsd", "step", "constant"] = "cosine"
+    schedule: Literal["cosine", "wsd", "step", "constant"] = Field(
+        "cosine", description="of the rate after the warm-up; wsd = constant, then down to 0 over the last third"
+    )
     warmup: str | int = Field(0, description="duration of the linear warm-up")
     milestones: tuple[str | int, ...] = Field((), description="step schedule: when the rate drops")
     gamma: float = Field(0.1, gt=0, description="step schedule: factor of each drop")
@@ -189,11 +195,11 @@ class TrainConfig(Section):
     global_batch: int = Field(8, gt=0, description="clips of one optimizer step over all ranks")
     micro_batch: int = Field(4, gt=0, description="clips of one forward pass on one rank")
     duration: str | int = Field("1epochs", description="'300steps', '20epochs' or '1e6samples'; a number is steps")
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    channels_last: bool = True
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="of autocast; weights are kept in fp32")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed divides over the ranks; 1 = optimizer state")
+    channels_last: bool = Field(True, description="memory layout of the clips")
     threads: int | None = Field(None, gt=0, description="CPU threads of a rank; null = cores / ranks of the machine")
-    seed: int = 0
+    seed: int = Field(0, description="of weights, order, clips and noise")
     log_every: int = Field(10, gt=0, description="steps")
     eval_every: str | int | None = Field(None, description="duration between evaluations; null = at the end only")
     checkpoint_every: str | int = Field("1epochs", description="duration between checkpoints")
@@ -226,11 +232,13 @@ class ProfileConfig(Section):
 class TrackingConfig(Section):
     """MLflow."""
 
-    experiment: str = "rev2net"
-    run_name: str | None = None
+    experiment: str = Field("rev2net", description="MLflow experiment")
+    run_name: str | None = Field(None, description="null = the output folder's name")
     cell: str | None = Field(None, description="cell of configs/tables.yaml that the run fills, for `rev2net report`")
-    uri: str | None = Field(None, description="null = MLFLOW_TRACKING_URI, else sqlite in the output's parent folder")
-    enabled: bool = True
+    uri: str | None = Field(
+        None, description="store or server; null = MLFLOW_TRACKING_URI, else mlflow.db beside the output folder"
+    )
+    enabled: bool = Field(True, description="false = no MLflow")
     parent: str | None = Field(None, description="id of the MLflow run that this one is part of; set by rev2net sweep")
 
 

@@ -20,7 +20,7 @@ def open_data(config: Config) -> DataSet:
         UserError: no such folder or URL, no such split, another official split than data.split, no flow where it is
             learned or seen, too few samples.
     """
-    data = _open(config.data.path, config)
+    data = open_at(config.data.path, config)
     if config.data.holdout:
         data = data.hold_out(config.data.train_split, config.data.holdout)
     _check_splits(data, config.data.train_split, config.data.eval_split)
@@ -40,7 +40,7 @@ def open_target(config: Config, classes: tuple[str, ...]) -> DataSet | None:
     """
     if config.target.path is None:
         return None
-    data = _open(config.target.path, config)
+    data = open_at(config.target.path, config)
     _check_splits(data, config.target.train_split, config.target.val_split)
     if data.classes != classes:
         odd = a_difference(data.classes, classes)
@@ -57,7 +57,8 @@ def a_difference(classes: tuple[str, ...], others: tuple[str, ...]) -> str:
     return min(set(classes) ^ set(others), default="their order")
 
 
-def _open(path: str, config: Config) -> DataSet:
+def open_at(path: str, config: Config) -> DataSet:
+    """A data set, unchecked, with the cache that the configuration has for remote ones; errors of `DataSet.open`."""
     return DataSet.open(path, cache=config.loader.cache, cache_gb=config.loader.cache_gb)
 
 

@@ -156,8 +156,9 @@ def _ranks() -> Ranks:
 
 def run_eval(args: argparse.Namespace) -> int:
     """`rev2net eval`."""
-    from dataloaders.shards import DataSet, check_output
+    from dataloaders.shards import check_output
     from rev2net import pictures
+    from rev2net.data import open_at
 
     if args.log and args.backwards:
         raise UserError("--backwards is no test that is logged: leave it out, or --log")
@@ -167,7 +168,7 @@ def run_eval(args: argparse.Namespace) -> int:
         raise UserError(f"--json {args.json} is in no folder: make it, or write the file elsewhere")
     ranks = _ranks()
     streams = [_Stream.load(path, args, ranks) for path in (args.checkpoint, args.fuse) if path is not None]
-    data = DataSet.open(args.data)
+    data = open_at(args.data, streams[0].config)
     kept = _open_log(streams, data, args.split) if args.log else None
     result = _test(streams, data, args.split, ranks, backwards=args.backwards)
     if not ranks.first:
@@ -199,7 +200,7 @@ def run_eval(args: argparse.Namespace) -> int:
 
 def run_splits(args: argparse.Namespace) -> int:
     """`rev2net splits`."""
-    from dataloaders.shards import DataSet
+    from rev2net.data import open_at
 
     seconds = args.fuse or [None] * len(args.checkpoints)
     if len(seconds) != len(args.checkpoints):
@@ -211,7 +212,7 @@ def run_splits(args: argparse.Namespace) -> int:
     for paths in zip(args.checkpoints, seconds, strict=True):
         streams = [_Stream.load(path, args, ranks) for path in paths if path is not None]
         config = streams[0].config
-        data, split = DataSet.open(config.data.path), config.data.val_split
+        data, split = open_at(config.data.path, config), config.data.val_split
         kept = _open_log(streams, data, split) if args.log else None
         result = _test(streams, data, split, ranks)
         top1.append(result.top1)

@@ -33,6 +33,7 @@ from dataloaders.locks import lock
 from dataloaders.shards import write_atomically
 from rev2net import pictures
 from rev2net.config import Config, config_from_tree
+from rev2net.data import open_data
 from rev2net.distributed import join, read_ranks
 from rev2net.grid import Point, Result, Search, Stage, best, rows, table
 from rev2net.tracking import Tracker, tracking_uri
@@ -81,6 +82,7 @@ def sweep(config: Config, search: Search, *, stop_requested: Callable[[], bool] 
         OSError: as `train`.
     """
     ranks = read_ranks()
+    open_data(config)  # a mistake there is told before the folder keeps the settings
     folder = _Folder(config, search) if ranks.first else None
     if ranks.world_size > 1:
         join(ranks, config.train.threads)

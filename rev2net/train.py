@@ -175,8 +175,8 @@ class TrainingRun:
 
     def _start_engine(self, resumed: Path | None) -> tuple[Engine, checkpoint.RunState | None]:
         torch.manual_seed(hash64(self.config.train.seed) % 2**63)  # starting weights, the same on every rank
-        config = self.config if resumed is None else without_imagenet(self.config)
-        network = build_network(config, len(self.data.classes))
+        start = self.config if resumed is None and self.config.init_from is None else without_imagenet(self.config)
+        network = build_network(start, len(self.data.classes))
         self._parameters = sum(p.numel() for p in network.encoder.parameters())  # before ZeRO-3 cuts them up
         if resumed is None:
             if self.config.init_from is not None:

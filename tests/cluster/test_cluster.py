@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -16,6 +17,7 @@ from tiny import wait
 
 from cluster.cli import main
 from cluster.doctor import diagnose
+from cluster.doctor_nodes import DoctorTask, _node_rows, _reduce_rows
 from cluster.site import Site, load_site
 from cluster.submit import Placement, submit_local, wait_local
 from cluster.task import Task, TrainWork
@@ -34,6 +36,44 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text("output: out\ndata:\n  path: data\ntrain:\n  global_batch: 64\n  micro_batch: 8\n")
     return path
+
+
+def test_nodes_that_tell_the_doctor_nothing_are_counted(tmp_path: Path) -> None:
+    rows = [{"name": "torch", "state": "ok", "text": "3.0"}]
+    (tmp_path / "node-0.json").write_text(json.dumps({"node": "n1", "rows": rows}))
+    found = [*_node_rows(tmp_path, 2), *_reduce_rows(tmp_path, "the job ended before: out of memory")]
+    assert [(row.name, row.state) for row in found] == [("torch", "ok"), ("nodes", "FAIL"), ("all-reduce", "FAIL")]
+    assert found[0].text == "3.0 (n1)" and "1 of 2 told nothing" in found[1].text and "out of memory" in found[2].text
+    bad = {"node": "n2", "rows": [{"name": "all-reduce, 2 x nccl", "state": "FAIL", "text": "rank 1 on n2: no route"}]}
+    (tmp_path / "all-reduce-0.json").write_text(json.dumps({"node": "n1", "rows": rows}))
+    (tmp_path / "all-reduce-1.json").write_text(json.dumps(bad))
+    (row,) = _reduce_rows(tmp_path, "")
+    assert row.state == "FAIL" and "rank 1 on n2: no route (1 ranks failed)" in row.text
+
+
+def test_the_doctor_looks_at_a_node_that_does_not_see_the_data(tmp_path: Path) -> None:
+    rows = DoctorTask(folder=tmp_path, storage=tmp_path / "elsewhere")._look()
+    states = {row.name: row.state for row in rows}
+    assert states["storage"] == "FAIL" and states["torch"] == states["PyAV codecs"] == "ok"
+
+
+def test_p12_the_doctor_s_words_for_here_and_for_nodes(refused: Callable[..., str]) -> None:
+    assert "give --nodes N too" in refused("doctor", "--gpus-per-node", "2")
+    assert "leave one of them out" in refused("doctor", "--nodes", "2", "--processes", "2")
+    assert "the number of ranks is open" in refused("doctor", "--nodes", "2")
+
+
+@pytest.mark.parametrize("command", ["submit", "sweep", "prepare"])
+def test_the_examples_of_the_help_make_scripts(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = capsys.readouterr().out.splitlines()
+    examples = [line.split()[1:] for line in said if line.startswith(f"  rev2net-cluster {command} ")]
+    assert examples
+    for words in examples:
+        if "local" not in words:
+            assert main([*words, "--dry-run"]) == 0, words
+            assert "#SBATCH" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

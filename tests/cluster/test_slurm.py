@@ -52,6 +52,21 @@ def test_an_array_prepares_the_bytes_of_one_run(
     assert f"{folder.name}  FINISHED  2/2 shares" in capsys.readouterr().out
 
 
+def test_the_doctor_looks_at_every_node_and_reduces_over_them(
+    slurm: Slurm, site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "shard.tar").write_bytes(bytes(1 << 20))
+    words = ["doctor", "--nodes", "2", "--tasks-per-node", "1", "--site", str(site), "--folder", str(tmp_path / "jobs")]
+    assert main([*words, "--storage", str(tmp_path / "data")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^ok +torch +\S+ \(all 2 nodes\)$", said, re.MULTILINE)
+    assert re.search(r"^ok +all-reduce, 2 x gloo +bus bandwidth 1 MiB ", said, re.MULTILINE)
+    assert re.search(r"^ok +storage +read 1 MB .*\((?:n1|all 2 nodes)\)$", said, re.MULTILINE)
+    assert main(["status", "--folder", str(tmp_path / "jobs")]) == 0
+    assert "rev2net-doctor" in (said := capsys.readouterr().out) and "FINISHED" in said
+
+
 def test_a_job_that_waits_runs_the_code_it_was_submitted_with(
     slurm: Slurm, tmp_path: Path, site: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:

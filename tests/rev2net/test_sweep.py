@@ -152,6 +152,12 @@ def test_the_last_clips_hold_each_class_as_often_as_the_rest(classes: int, clips
     assert {abs(counts[label] - share * clips) <= 1 for label in range(classes)} == {True}
 
 
+def test_a_sweep_without_its_data_keeps_nothing(refused: Callable[..., str], tmp_path: Path) -> None:
+    words = ["sweep", "configs/demo.yaml", f"output={tmp_path}/sweep", "data.path=nowhere"]
+    assert "nowhere" in refused(*words)
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_sweep_of_a_cell_of_the_paper_s_tables_fills_no_cell() -> None:
     config = load_config(ROOT / "configs" / "ucf101-imagenet" / "rev2net.yaml")
     swept = sweep_config(config)

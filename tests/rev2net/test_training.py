@@ -261,7 +261,8 @@ def test_init_from_replaces_the_head_only(trained: Trained, tiny_data: Path, tmp
     config = load_config(
         "configs/demo.yaml",
         [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/ft", f"init_from={trained.output}/checkpoints/latest",
-         "train.duration=1steps", "optim.lr=1e-12", "optim.weight_decay=0"],
+         "train.duration=1steps", "optim.lr=1e-12", "optim.weight_decay=0",
+         "model.imagenet=a file that nobody needs then"],
     )  # fmt: skip
     result = train(config)
     assert result.run_id is not None
