@@ -33,6 +33,9 @@ examples:
 """
 
 
+_FIRST_SPEAKS = 30.0
+"""Seconds for rank 0 to tell a mistake: its end, by the launcher, is that of the other ranks, which know it as well."""
+
 _PLAIN = argparse.RawDescriptionHelpFormatter
 
 
@@ -137,10 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except UserError as error:
-        if is_first():
-            print(f"rev2net {args.command}: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(1.0)  # the launcher ends all ranks when one ends: let the first one speak
+        if not is_first():
+            time.sleep(_FIRST_SPEAKS)
+        print(f"rev2net {args.command}: {error}", file=sys.stderr, flush=True)
         return 2
     except (OSError, RuntimeError) as error:
         log.debug("failed", exc_info=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tiny import free_ports
@@ -111,6 +113,28 @@ class Slurm:
         self.command("scancel", "--user=root")
         self.wait("empty queue", lambda: self.command("squeue", "-h", "-o", "%i") == "", 60)
 
+    @contextlib.contextmanager
+    def stopped_until_signalled(self, folder: Path) -> Iterator[None]:
+        """Stop the two ranks of a job; after the block wait until Slurm has signalled both, and let them go on.
+
+        Slurm looks at its clocks every half minute, and preempts when it gets to it: a short training would be over.
+        """
+        path = os.fsencode(folder)
+        lines = ((file.parent, file.read_bytes().split(b"\0")) for file in Path("/proc").glob("[0-9]*/cmdline"))
+        ranks = [process for process, words in lines if path in words and b"submitit.core._submit" in words[1:4]]
+        assert len(ranks) == 2
+        for rank in ranks:
+            os.kill(int(rank.name), signal.SIGSTOP)
+        try:
+            # One that does not stand still yet would look as if Slurm had woken it.
+            self.wait("halt", lambda: all(_stands_still((rank / "status").read_text()) for rank in ranks), 60)
+            yield
+            self.wait("signal", lambda: all(map(_is_signalled, ranks)), 300)
+        finally:
+            for rank in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(rank.name), signal.SIGCONT)
+
     def _start(self, *words: str) -> None:
         with (self.folder / f"{words[0]}-{len(self._daemons)}.out").open("wb") as out:
             self._daemons.append(subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT))
@@ -139,3 +163,18 @@ class Slurm:
             return queue is not None and job not in queue.split()
 
         self.wait(f"end of job {job}", ended, seconds)
+
+
+def _is_signalled(process: Path) -> bool:
+    """Whether a signal waits for a process that was stopped, or Slurm has woken it already, with SIGCONT."""
+    try:
+        status = (process / "status").read_text()
+    except OSError:  # woken, saved, and gone
+        return True
+    pending = re.findall(r"(?m)^(?:SigPnd|ShdPnd):\s(\w+)$", status)
+    waits = any(int(mask, 16) >> (s - 1) & 1 for mask in pending for s in (signal.SIGUSR2, signal.SIGTERM))
+    return waits or not _stands_still(status)
+
+
+def _stands_still(status: str) -> bool:
+    return "\nState:\tT" in status

@@ -6,11 +6,8 @@ signal has come, as if a step took that long, so that short trainings do, on fas
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -115,29 +112,10 @@ class Trainings:
         steps = [metric.step for run in runs for metric in client.get_metric_history(run.info.run_id, "loss/total")]
         return [run.info.status for run in runs] == ["FINISHED"] and len(steps) == len(set(steps))
 
-    @contextmanager
-    def stopped_until_signalled(self, name: str) -> Iterator[None]:
-        """Stop the ranks; after the block wait until Slurm has signalled both of them, and let them go on."""
-        path = os.fsencode(self.job(name).path)
-        lines = ((file.parent, file.read_bytes().split(b"\0")) for file in Path("/proc").glob("[0-9]*/cmdline"))
-        ranks = [folder for folder, words in lines if path in words and b"submitit.core._submit" in words[1:4]]
-        assert len(ranks) == 2
-        for rank in ranks:
-            os.kill(int(rank.name), signal.SIGSTOP)
-        try:
-            # One that does not stand still yet would look as if Slurm had woken it.
-            self.slurm.wait("halt", lambda: all(_stands_still((rank / "status").read_text()) for rank in ranks), 60)
-            yield
-            self.slurm.wait("signal", lambda: all(map(_is_signalled, ranks)), 300)
-        finally:
-            for rank in ranks:
-                with suppress(ProcessLookupError):
-                    os.kill(int(rank.name), signal.SIGCONT)
-
     def preempt(self, name: str) -> None:
         """A short job of the higher partition takes both nodes."""
         words = ("sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-        with self.stopped_until_signalled(name):
+        with self.slurm.stopped_until_signalled(self.job(name).path):
             other = self.slurm.command(*words)
             assert other
         self.slurm.wait_for_end(other)
@@ -147,21 +125,6 @@ class Trainings:
         last = max(index for index, (_, step) in enumerate(self.lines(name)) if step == 0)
         when = self.lines(name)[last + 1][0] - datetime.fromisoformat(facts["StartTime"])
         return f"{when.total_seconds():.0f} s from the restart to its first step"
-
-
-def _is_signalled(process: Path) -> bool:
-    """Whether a signal waits for a process that was stopped, or Slurm has woken it already, with SIGCONT."""
-    try:
-        status = (process / "status").read_text()
-    except OSError:  # woken, saved, and gone
-        return True
-    pending = re.findall(r"(?m)^(?:SigPnd|ShdPnd):\s(\w+)$", status)
-    waits = any(int(mask, 16) >> (s - 1) & 1 for mask in pending for s in (signal.SIGUSR2, signal.SIGTERM))
-    return waits or not _stands_still(status)
-
-
-def _stands_still(status: str) -> bool:
-    return "\nState:\tT" in status
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +140,7 @@ def test_p7_a_job_that_reaches_its_time_limit_goes_on_without_a_step_twice(
 ) -> None:
     trainings.submit("limited", minutes=2)
     trainings.wait_for_step("limited")
-    with trainings.stopped_until_signalled("limited"):
+    with trainings.slurm.stopped_until_signalled(trainings.job("limited").path):
         pass
     facts = trainings.finish("limited")
     assert trainings.check("limited", facts) == 0 and int(facts["Restarts"]) >= 1

@@ -15,6 +15,7 @@ from slurm import Slurm
 from tiny import ROOT, TINY, run
 
 from cluster.cli import main
+from cluster.jobs import read_jobs
 
 STEPS = 30
 
@@ -142,8 +143,9 @@ def test_p7_a_preempted_job_goes_on_and_trains_the_same_weights(
     log = tmp_path / "preempted" / "train.log"
     slurm.wait("first step", lambda: log.exists() and f"step 1/{STEPS}" in log.read_text(), 400)
     words = ("sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-    other = slurm.command(*words)
-    assert other
+    with slurm.stopped_until_signalled(read_jobs(tmp_path / "jobs")[-1].path):
+        other = slurm.command(*words)
+        assert other
     slurm.wait_for_end(other)
     slurm.wait_for_end(job)
     assert "stopped at step" in log.read_text() and "going on from" in log.read_text()

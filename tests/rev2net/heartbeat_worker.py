@@ -23,6 +23,9 @@ def main() -> None:
     folder, limit, how = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
     ranks = read_ranks()
     with Heartbeat(ranks, folder, limit, on_hang=lambda message: print(f"told: {len(message)}")) as heart:
+        (folder / f"begun-{ranks.rank}").touch()
+        while len(list(folder.glob("begun-*"))) < 2:  # one whose imports take long would look as if it were stuck
+            time.sleep(0.05)
         heart.first_step_done()
         for step in range(5):
             heart.beat(f"does step {step}")

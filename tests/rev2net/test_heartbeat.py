@@ -17,14 +17,14 @@ WORKER = Path(__file__).with_name("heartbeat_worker.py")
 
 def run_two(folder: Path, how: str) -> tuple[int, str, int]:
     """Rank 0's status and words, and rank 1's process."""
-    return run_until_first_ends(sys.executable, str(WORKER), str(folder), "2", how)
+    return run_until_first_ends(sys.executable, str(WORKER), str(folder), "4", how)
 
 
 @pytest.mark.parametrize("how", ["sleep", "thread"])
 def test_p10_a_rank_that_is_stuck_is_named_with_its_stacks(how: str, tmp_path: Path) -> None:
     status, said, pid = run_two(tmp_path, how)
     assert status == 1
-    assert "no rank has made progress for 2 s" in said
+    assert "no rank has made progress for 4 s" in said
     assert f"rank 1 (process {pid} on " in said and "does step 3, it stands at\nthread MainThread:" in said
     assert "in stuck_here" in said and "rank 0 (" not in said and "told: " in said
     assert ("thread lane-0:" in said) == (how == "thread")
