@@ -10,16 +10,18 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from tiny_data import make_dataset
 
+from dataloaders import lanes
 from dataloaders.bad_clips import BadClips
 from dataloaders.batch import ClipBatch, to_batch
-from dataloaders.bench import add_bench_arguments, run_bench
+from dataloaders.bench import add_bench_arguments, bench_loader, run_bench
 from dataloaders.errors import UserError
-from dataloaders.lanes import choose_backend
+from dataloaders.lanes import Lane, choose_backend
 from dataloaders.loader import EvalLoader, TrainLoader
 from dataloaders.plan import Augment, ClipShape, Views
 from dataloaders.pyav_backend import PyAVBackend
@@ -311,13 +313,36 @@ print(next(loader).keys)
     assert done.returncode == 0 and "clip" in done.stdout and done.stderr == ""
 
 
-def test_bench_measures_both_backends_beside_their_decoders(
-    dataset: DataSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("limit", "value"), [("_MAX_OPEN_SHARDS", 2), ("_MAX_OPEN_ENTRIES", 9)])
+def test_a_lane_closes_the_shards_used_longest_ago(
+    dataset: DataSet, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ) -> None:
+    four, five, one = dataset.shards("train")
+    lane = Lane(PyAVBackend(workers=1))
+    monkeypatch.setattr(lanes, limit, value)
+    kept, closed = lane.reader(four), lane.reader(one)
+    assert lane.reader(four) is kept and lane.reader(one) is closed and lane.reader(four) is kept
+    lane.reader(five)
+    assert lane.reader(four) is kept and kept.read(3) and not kept.removed
+    with pytest.raises(OSError):
+        assert closed.removed
+    monkeypatch.setattr(lanes, "_MAX_OPEN_ENTRIES", 0)
+    assert lane.reader(five).read(4) and lane.reader(one).read(0)  # the one in use stays open
+    lane.close()
+
+
+def test_bench_measures_both_backends_beside_their_decoders(
+    dataset: DataSet, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Mock(wraps=bench_loader)
+    monkeypatch.setattr("dataloaders.bench.bench_loader", measure)
     parser = argparse.ArgumentParser()
     add_bench_arguments(parser)
     options = ["--frames", "8", "--size", "32", "--batch", "2", "--seconds", "0.1", "--device", "cpu"]
-    assert run_bench(parser.parse_args([str(dataset.folder), "--flow", *options])) == 0
+    more = ["--flow", "--segments", "4", "--pipelines", "2"]
+    assert run_bench(parser.parse_args([str(dataset.folder), *more, *options])) == 0
+    asked = measure.call_args.kwargs
+    assert (asked["shape"].segments, asked["pipelines_per_gpu"], asked["with_flow"]) == (4, 2, True)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["backend", "dali", "pyav"]
     assert all(float(number) > 0 for line in lines[1:] for number in line.split()[1:3])

@@ -7,7 +7,7 @@ import pytest
 
 from dataloaders.errors import UserError
 from dataloaders.keyed import Draws, hash64, permutation
-from dataloaders.order import GlobalOrder, Location
+from dataloaders.order import GlobalOrder
 
 PINNED = [0, 9, 10, 4, 5, 6, 8, 1, 11, 7, 2, 3, 11, 7, 9, 2]
 
@@ -47,24 +47,6 @@ def test_p2_an_epoch_visits_every_sample_once(sizes: tuple[int, ...], slices: in
         for place in places:
             assert 0 <= place.index_in_shard < sizes[place.shard]
             assert place.sample == starts[place.shard] + place.index_in_shard
-
-
-@pytest.mark.parametrize("sizes", SHARDS)
-@pytest.mark.parametrize("batch", [4, 12])
-def test_p1_a_batch_is_the_same_for_every_world_size_and_micro_batch(sizes: tuple[int, ...], batch: int) -> None:
-    """Slots of all ranks, cut into micro-batches, by orders that each rank made for itself."""
-    expected = [GlobalOrder(sizes, seed=1, slices=batch).locate(p) for p in range(6 * batch)]
-    for world, micro in itertools.product((1, 2, 4), (1, 2, 3)):
-        per_rank = batch // world
-        if batch % world or per_rank % micro:
-            continue
-        got: dict[int, Location] = {}
-        for rank in range(world):
-            order = GlobalOrder(sizes, seed=1, slices=batch)
-            for step, start in itertools.product(reversed(range(6)), range(0, per_rank, micro)):
-                first = step * batch + rank * per_rank + start
-                got.update({p: order.locate(p) for p in range(first, first + micro)})
-        assert [got[p] for p in range(6 * batch)] == expected
 
 
 def test_p1_the_order_never_changes() -> None:

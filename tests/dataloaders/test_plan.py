@@ -7,6 +7,7 @@ import pytest
 
 from dataloaders.errors import UserError
 from dataloaders.plan import (
+    _RGB_TO_YIQ,
     IDENTITY_COLOUR,
     Augment,
     ClipPlan,
@@ -82,7 +83,9 @@ def test_training_clips_cover_positions_sizes_and_flips() -> None:
     assert {plan.frames[0] for plan in plans} == set(range(5))
     assert all(plan.frames == tuple(range(plan.frames[0], plan.frames[0] + 16)) for plan in plans)
     assert {plan.crop[2] for plan in plans} == {256, 224, 192, 168}
-    assert max(plan.crop[1] + plan.crop[3] for plan in plans) == 352
+    for corner, side, length in ((0, 2, 256), (1, 3, 352)):
+        assert min(plan.crop[corner] for plan in plans) == 0
+        assert max(plan.crop[corner] + plan.crop[side] for plan in plans if plan.crop[side] < 256) == length
     assert 150 < sum(plan.flip for plan in plans) < 250
 
 
@@ -154,6 +157,20 @@ def test_jitter_is_linear_and_leaves_gray_gray() -> None:
         brightness = np.reshape(draw(info(), augment=Augment(brightness=0.5), sample=i).colour, (3, 4))
         np.testing.assert_allclose(brightness, brightness[0, 0] * np.eye(3, 4), atol=1e-12)
         assert 0.5 <= brightness[0, 0] <= 1.5
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
+def test_jitter_draws_from_the_whole_range_of_its_strength(name: str) -> None:
+    plans = [draw(info(), augment=Augment(**{name: 0.4}), sample=i) for i in range(200)]  # type: ignore[arg-type]
+    colours = np.reshape([plan.colour for plan in plans], (200, 3, 4))
+    red_green = _RGB_TO_YIQ @ colours[:, :, :3] @ np.linalg.inv(_RGB_TO_YIQ)[:, 1]  # where (Y, I, Q) = (0, 1, 0) goes
+    drawn = {
+        "brightness": colours[:, 0, 0],
+        "contrast": 1 - colours[:, 0, 3] / 127.5,
+        "saturation": np.hypot(red_green[:, 1], red_green[:, 2]),
+        "hue": 1 + np.arctan2(red_green[:, 2], red_green[:, 1]) / (2 * np.pi),
+    }[name]
+    assert 0.6 - 1e-9 <= drawn.min() < 0.63 and 1.37 < drawn.max() <= 1.4 + 1e-9
 
 
 def test_half_size_flow_is_cut_at_the_same_place() -> None:

@@ -67,7 +67,8 @@ def test_a_folder_per_class_becomes_a_data_set(tmp_path: Path, codec: Codec) -> 
     least = 128 if codec == "vp9" else 64
     for split in data.splits:
         samples = samples_of(data, split)
-        assert Counter(info.label for info, _ in samples.values()) == dict.fromkeys((0, 1), 4 // (1 + 1)) or split
+        each = {"train": 2, "val": 1}[split]
+        assert Counter(info.label for info, _ in samples.values()) == {0: each, 1: each}
         for source_name, (info, parts) in samples.items():
             assert data.classes[info.label] == info.class_name == source_name.split("/")[0]
             assert (info.num_frames, info.fps, info.height) == (6, 25.0, least)
@@ -140,14 +141,16 @@ def test_lists_with_splits_names_and_spaces(tmp_path: Path) -> None:
     make_source(tmp_path / "in")
     (tmp_path / "train.txt").write_text("# all\njump/jump 0.mp4 jump\n\nrun/run 0.mp4\trun\nrun/run 1.mp4 run\n")
     (tmp_path / "val.txt").write_text("jump/jump 2.mp4 jump\n")
+    (tmp_path / "test.txt").write_text("run/run 2.mp4 run\njump/jump 1.mp4 jump\n")
     root = tmp_path / "in"
-    assert command("list", tmp_path / "train.txt", tmp_path / "a", "--val", tmp_path / "val.txt", "--root", root,
-                   "--short-side", 64, "--no-flow", "--workers", 1) == 0  # fmt: skip
+    assert command("list", tmp_path / "train.txt", tmp_path / "a", "--val", tmp_path / "val.txt",
+                   "--test", tmp_path / "test.txt", "--root", root, "--short-side", 64, "--no-flow",
+                   "--workers", 1) == 0  # fmt: skip
     assert command("list", tmp_path, tmp_path / "b", "--root", root, "--short-side", 64, "--no-flow",
                    "--workers", 1) == 0  # fmt: skip
     data = DataSet.open(tmp_path / "a")
     assert (data.classes, data.num_samples("train"), data.num_samples("val")) == (("jump", "run"), 3, 1)
-    assert not data.has_flow
+    assert not data.has_flow and set(samples_of(data, "test")) == {"run/run 2.mp4", "jump/jump 1.mp4"}
     assert {s: i.label for s, (i, _) in samples_of(data, "train").items()} == {
         "jump/jump 0.mp4": 0,
         "run/run 0.mp4": 1,
@@ -183,12 +186,14 @@ def test_processes_make_the_same_bytes_and_a_second_run_does_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = make_source(tmp_path / "in")
-    assert command("folder", source, tmp_path / "a", "--short-side", 64, "--workers", 1) == 0
-    assert command("folder", source, tmp_path / "b", "--short-side", 64, "--workers", 2) == 0
+    options = ("--short-side", 64, "--flow-scale", 1)
+    assert command("folder", source, tmp_path / "a", *options, "--workers", 1) == 0
+    assert command("folder", source, tmp_path / "b", *options, "--workers", 2) == 0
+    assert DataSet.open(tmp_path / "a").flow_scale == 1
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     times = {f: f.stat().st_mtime_ns for f in (tmp_path / "a").iterdir()}
     capsys.readouterr()
-    assert command("folder", source, tmp_path / "a", "--short-side", 64) == 0
+    assert command("folder", source, tmp_path / "a", *options) == 0
     assert "nothing to do: 6 clips (train 4, val 2)" in capsys.readouterr().out
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "a").iterdir()} == times
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from clips import contents, make_source, moving, write_video
@@ -27,7 +28,9 @@ SMALL = PrepareSettings(short_side=64)
 NO_FLOW = PrepareSettings(short_side=64, flow_scale=None)
 
 
-def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = make_source(tmp_path / "in", clips=5, frames=20)
     prepare(read_folder(source), tmp_path / "whole", SMALL)
     out = tmp_path / "out"
@@ -44,11 +47,14 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(tmp_path
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = {f: f.stat().st_mtime_ns for f in out.glob(".work/samples/*/*.json")}
+    done = {f.stem for f in out.glob(".work/samples/*/*.json")}
     assert done and not (out / "dataset.json").exists()
     with pytest.raises(UserError, match=r"no dataset\.json"):
         DataSet.open(out)
-    prepare(read_folder(source), out, SMALL)
+    listing, work = read_folder(source), Mock(wraps=transcode)
+    monkeypatch.setattr("dataloaders.prepare.transcode", work)
+    prepare(listing, out, SMALL)
+    assert sorted(call.args[0].key for call in work.call_args_list) == sorted({c.key for c in listing.clips} - done)
     assert contents(out) == contents(tmp_path / "whole")
 
 

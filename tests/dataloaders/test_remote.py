@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ import fsspec
 import fsspec.implementations.memory
 import pytest
 import torch
-from tiny import small_disk
+from tiny import small_disk, wait
 from tiny_data import make_dataset
 
 from dataloaders import lanes, remote
@@ -107,10 +108,13 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 
 @pytest.fixture
 def server(local: DataSet, tmp_path: Path) -> Iterator[Server]:
-    """A server of a copy of `local`, which a test may spoil."""
-    running = Server(Path(shutil.copytree(local.folder, tmp_path / "served")))
-    yield running
-    running.end()
+    """A server of a copy of `local`, which a test may spoil, on a port that nobody else gets after its end."""
+    with socket.socket() as port:
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        port.bind(("127.0.0.1", 0))
+        running = Server(Path(shutil.copytree(local.folder, tmp_path / "served")), port.getsockname()[1])
+        yield running
+        running.end()
 
 
 @pytest.fixture
@@ -483,6 +487,7 @@ def test_p10_a_lane_that_does_not_come_on_is_named_with_its_place(
     local: DataSet, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another holds the lock of the shard that a lane wants."""
+    said = "thread lane-0, at work on range(0, 2), stands at locks.py:"
     monkeypatch.setattr(lanes, "STALL_SECONDS", 0.1)
     data = DataSet.open(local.folder.as_uri(), cache=cache)
     held = [os.open(shard.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT) for shard in data.shards("train")]
@@ -490,7 +495,8 @@ def test_p10_a_lane_that_does_not_come_on_is_named_with_its_place(
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
     def release() -> None:
-        until(lambda: caplog.text.count("has not come") >= 2)
+        with contextlib.suppress(AssertionError):
+            wait(said, lambda: said in caplog.text and caplog.text.count("has not come") >= 2, 60)
         for descriptor in held:
             os.close(descriptor)
 
@@ -498,7 +504,7 @@ def test_p10_a_lane_that_does_not_come_on_is_named_with_its_place(
     releasing.start()
     assert_same(batches(data, 2), batches(local, 2))
     releasing.join()
-    assert "thread lane-0, at work on range(0, 2), stands at locks.py:" in caplog.text
+    assert said in caplog.text
 
 
 def test_p12_what_one_may_not_read_is_one_sentence_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,13 +67,15 @@ def test_objects_are_spread_alike_in_the_first_and_the_last_frame_of_every_class
             assert np.abs(shares - 0.25).max() < 4 * np.sqrt(0.25 * 0.75 / len(values)), (name, slot)
 
 
-def test_objects_move_as_fast_as_documented() -> None:
-    scenes = [draw_scene(SynthSettings(size=128), "train", "any", i) for i in range(30)]
+@pytest.mark.parametrize("domain", list(DOMAINS))
+def test_objects_of_each_domain_move_as_fast_as_documented(domain: str) -> None:
+    scenes = [draw_scene(SynthSettings(domain=domain, size=32), "train", "any", i) for i in range(60)]
     speeds = [float(np.hypot(*scene.velocity)) * 128 for scene in scenes]
     assert 2 <= min(speeds) < 2.4 and 3.6 < max(speeds) <= 4
     turns = np.degrees(np.concatenate([scene.rotation for scene in scenes]))
     assert 5 <= turns.min() < 5.5 and 9.5 < turns.max() <= 10
-    assert all(0.03 <= scene.growth <= 0.05 for scene in scenes)
+    growths = [scene.growth for scene in scenes]
+    assert 0.03 <= min(growths) < 0.032 and 0.048 < max(growths) <= 0.05
 
 
 def features_of_flow(clip: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
@@ -118,7 +120,7 @@ def test_one_frame_does_not_tell_the_class_but_two_do() -> None:
     assert held_out_accuracy(moving, answers) > 2 * limit
 
 
-def test_the_domains_look_different_and_move_alike() -> None:
+def test_the_domains_look_different() -> None:
     saturation: dict[str, list[float]] = {}
     for domain in DOMAINS:
         settings = SynthSettings(domain=domain, size=64, frames=2)
