@@ -43,6 +43,6 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Traine
     output = tmp_path_factory.mktemp("runs") / "tiny"
     command = (
         *("deepspeed", "--num_gpus", "2", "--module", "rev2net", "train", "configs/demo.yaml"),
-        *(f"data.path={tiny_data}", f"output={output}", "profile.steps=2-3", *TINY),
+        *(f"data.path={tiny_data}", f"output={output}", "profile.steps=2-3", "train.threads=1", *TINY),
     )
     return Trained(output, run(*command).stdout, command)

@@ -21,7 +21,7 @@ from rev2net.distributed import Ranks
 from rev2net.engine import TrainingStep
 from rev2net.models.build import build_network
 from rev2net.models.dann import DomainDiscriminator, domain_loss, reversal_factor, reverse_gradient
-from rev2net.train import train
+from rev2net.train import TrainingRun, train
 
 
 def test_the_gradient_is_reversed_and_scaled_and_the_value_is_not() -> None:
@@ -176,6 +176,40 @@ def test_p4_a_resumed_adaptation_is_bit_equal(tiny_data: Path, tmp_path: Path) -
     assert "discriminator.out.weight" in weights[0]
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
     assert (tmp_path / "parts" / "train.log").read_text().count("going on from") == 1
+
+
+def test_p6_the_schedules_of_the_configuration_reach_every_step(tiny_data: Path, tmp_path: Path) -> None:
+    """Of its own configuration, also after a resume, and so do the settings of the optimizer."""
+    words = [*TINY, f"data.path={tiny_data}", f"target.path={tiny_data}", f"output={tmp_path}/run", "target.hidden=16"]
+    words += ["data.size=32", "train.micro_batch=2", "train.global_batch=2", "tracking.enabled=false"]
+    words += ["train.duration=4steps", "optim.schedule=constant", "optim.warmup=3steps", "optim.decoder_lr=4"]
+    words += ["loss.ddp_low_from=1steps", "loss.fade_from=2steps", "loss.beta=1", "loss.lambda_im=1"]
+    seen: list[tuple[float, float, float]] = []
+    groups: list[set[tuple[float, float]]] = []
+    others = ["optim.lr=0.6", "optim.weight_decay=0.2", "optim.betas=[0.5,0.6]", "optim.clip_grad_norm=0.5"]
+    for first, more in ((0, ["optim.lr=0.3", "optim.weight_decay=0.1"]), (2, others)):
+        run = TrainingRun(load_config("configs/demo.yaml", [*words, *more]))
+        assert run.step == first
+        optimizer = run.engine.torch_optimizer
+
+        def look(step: TrainingStep, _: object, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            seen.append((step.objective.beta, step.objective.lambda_im, step.reversal))
+            groups.append({(round(group["lr"], 6), group["weight_decay"]) for group in optimizer.param_groups})
+
+        run.engine.step_module.register_forward_pre_hook(look)
+        for _ in range(2):
+            run.train_step()
+        run.save()
+        run.finish_saving()
+        for loader in run.loaders:
+            loader.close()
+        run.engine.close()
+        run.close_log()
+    assert seen == [(b, i, reversal_factor(n, 4)) for n, (b, i) in enumerate([(0, 1), (1, 1), (1, 1), (0.5, 0.5)])]
+    expected = [(0.1, 0.1), (0.2, 0.1), (0.6, 0.2), (0.6, 0.2)]
+    assert groups == [{(rate * f, d) for f in (1, 4) for d in (0, decay)} for rate, decay in expected]
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.5, 0.6)}
+    assert run.engine.deepspeed.optimizer.clip_grad == 0.5
 
 
 def test_p12_a_target_that_does_not_fit_is_one_sentence(two: tuple[DataSet, DataSet], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -250,10 +250,11 @@ def decoded(path: Path) -> Iterator[Any]:
 
 
 _PEAK = """
-import resource, sys
+import sys
 from rev2net.cli import main
 status = main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not ru_maxrss: that also counts what the parent held before this program was started in its place.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 sys.exit(status)
 """
 
@@ -277,9 +278,10 @@ def test_memory_does_not_grow_with_the_video(trained: Trained, tmp_path: Path) -
         (("--top", "0"), "--top 0 is not possible"),
     ],
 )
-def test_impossible_words_are_one_sentence(trained: Trained, clips: Path, words: tuple[str, ...], reason: str) -> None:
-    done = run("rev2net", "predict", str(trained.output), str(clips / "good.mp4"), *words, expect=2)
-    assert reason in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+def test_impossible_words_are_one_sentence(
+    trained: Trained, clips: Path, words: tuple[str, ...], reason: str, refused: Callable[..., str]
+) -> None:
+    assert reason in refused("predict", str(trained.output), str(clips / "good.mp4"), *words)
 
 
 @pytest.fixture(scope="module")

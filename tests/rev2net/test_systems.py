@@ -76,11 +76,25 @@ def test_a_start_from_kinetics_is_a_run_on_kinetics_of_the_same_network() -> Non
             assert all(c.data.path.endswith(f"-{n}") for n, c in zip(SPLIT_NUMBERS, splits, strict=True))
 
 
-@pytest.mark.parametrize("run", [*CELLS, "kinetics400/stm-rgb"])
-def test_every_cell_takes_a_step(run: str) -> None:
-    """At a reduced size: all parameters get a gradient, and the loss of the same clips falls."""
-    path = CONFIGS / f"{run}.yaml"
-    config = load_config(path, reduced(load_config(path)))
+def stepped() -> dict[str, Config]:
+    """The cells at a reduced size, and of those whose steps are the same the first."""
+    configs = {run: CONFIGS / f"{run}.yaml" for run in (*CELLS, "kinetics400/stm-rgb")}
+    found: dict[str, tuple[str, Config]] = {}
+    for run, path in configs.items():
+        config = load_config(path, [*reduced(load_config(path)), "optim.lr=0.01", "optim.weight_decay=1e-4"])
+        of_run = {"output", "init_from", "tracking", "train", "eval", "augment", "loader"}
+        of_data = {"path", "split", "train_split", "val_split", "holdout"}
+        of_schedule = {"lr_batch", "schedule", "warmup", "milestones", "gamma"}
+        left_out = dict.fromkeys(of_run, True) | {"data": of_data, "target": of_data, "optim": of_schedule}
+        key = f"{config.target.dann} {config.model_dump_json(exclude=left_out)}"
+        found.setdefault(key, (run, config))
+    return dict(found.values())
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("run", "config"), stepped().items())
+def test_every_cell_takes_steps_that_lower_its_loss(run: str, config: Config) -> None:
+    """All parameters get a gradient, and the loss of the same clips falls."""
     torch.manual_seed(0)
     network = build_network(config, 5)
     step = TrainingStep(network.train(), config.loss.objective(), config.target.weight)
@@ -92,14 +106,16 @@ def test_every_cell_takes_a_step(run: str) -> None:
     label = torch.tensor([1, 3])
     seen = clips if config.target.dann else clips[:2]
     losses = []
-    for _ in range(2):
+    for _ in range(4):
         scalars = step(seen, flow, label, torch.Generator().manual_seed(0))
-        losses.append(scalars["loss/total"].item())
+        losses.append((scalars["loss/total"].item(), scalars["loss/ce"].item()))
         optimizer.zero_grad()
         scalars["loss/total"].backward()
-        assert [name for name, p in network.named_parameters() if p.grad is None] == []
         optimizer.step()
-    assert all(map(torch.isfinite, map(torch.tensor, losses)))
+    # OFF's last unit sees one pixel of these clips, which has no gradient in space.
+    flat = ["encoder.units.2.spatial.weight"] if config.model.name == "off" else []
+    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == flat
+    assert losses[-1][0] < losses[0][0] and losses[-1][1] < 0.8 * losses[0][1]
     assert ("loss/domain" in scalars) == ("-to-" in run)
     assert network.encoder.eval()(clips).shape == (4, 5)
 

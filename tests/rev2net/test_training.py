@@ -21,9 +21,12 @@ from dataloaders.errors import UserError
 from rev2net import checkpoint
 from rev2net.cli import main
 from rev2net.config import load_config
+from rev2net.data import open_data, train_loader
+from rev2net.distributed import Ranks
 from rev2net.losses import TERMS
 from rev2net.models import I3D
-from rev2net.train import ASK_EVERY, open_data, train
+from rev2net.models.build import build_network
+from rev2net.train import ASK_EVERY, start_from, train, without_imagenet
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,7 @@ def test_p4_resume_is_bit_equal_and_stays_in_the_same_run(tiny_data: Path, tmp_p
             f"data.path={tiny_data}",
             f"output={tmp_path}/{name}",
             "train.duration=5steps",
+            "train.keep_checkpoints=1",
         ]
 
     whole, parts = (load_config(c[0], c[1:]) for c in (configuration("whole"), configuration("parts")))
@@ -175,6 +179,24 @@ def test_p4_resume_is_bit_equal_and_stays_in_the_same_run(tiny_data: Path, tmp_p
         assert len(a) == 5 and a == b, term
     last = [load_file(tmp_path / n / "checkpoints/step-00000005/weights.safetensors") for n in ("whole", "parts")]
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+    for name in ("whole", "parts"):  # both also saved step 3
+        assert [path.name for path in checkpoint.checkpoints(tmp_path / name / "checkpoints")] == ["step-00000005"]
+
+
+def test_the_augmentation_of_the_configuration_reaches_the_clips(tiny_data: Path) -> None:
+    def rgb(*words: str) -> torch.Tensor:
+        plain = [f"augment.{name}=0" for name in ("flip", "brightness", "contrast", "saturation", "hue")]
+        keys = [*TINY, f"data.path={tiny_data}", "output=none", "loader.backend=pyav", "augment.scales=[1.0]"]
+        config = load_config("configs/demo.yaml", [*keys, *plain, *words])
+        ranks = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+        loader = train_loader(open_data(config), config, ranks, 0)
+        found = next(loader).stream("rgb")
+        loader.close()
+        return found
+
+    assert torch.equal(rgb("augment.flip=1"), rgb().flip(-1))
+    for word in ("scales=[0.5]", "brightness=0.5", "contrast=0.5", "saturation=0.5", "hue=0.5"):
+        assert not torch.equal(rgb(f"augment.{word}"), rgb()), word
 
 
 @pytest.mark.parametrize("cases", ["some", pytest.param("all", marks=pytest.mark.chaos)])
@@ -258,9 +280,14 @@ def test_p5_checkpoint_of_two_ranks_goes_on_on_one(trained: Trained, tiny_data: 
 
 
 def test_init_from_replaces_the_head_only(trained: Trained, tiny_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    manifest = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps(manifest | {"classes": [*manifest["classes"], "swim"]}))
+    start = f"{trained.output}/checkpoints/latest"
     config = load_config(
         "configs/demo.yaml",
-        [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/ft", f"init_from={trained.output}/checkpoints/latest",
+        [*TINY, f"data.path={data}", f"output={tmp_path}/ft", f"init_from={start}",
          "train.duration=1steps", "optim.lr=1e-12", "optim.weight_decay=0",
          "model.imagenet=a file that nobody needs then"],
     )  # fmt: skip
@@ -270,7 +297,16 @@ def test_init_from_replaces_the_head_only(trained: Trained, tiny_data: Path, tmp
     assert params["init_from.run"] == json.loads((trained.output / "result.json").read_text())["run_id"]
     source = checkpoint.read_tensors(checkpoint.find(trained.output), "weights")
     tuned = checkpoint.read_tensors(checkpoint.find(tmp_path / "ft"), "weights")
-    torch.testing.assert_close(tuned["encoder.Mixed_4b.b0.conv3d.weight"], source["encoder.Mixed_4b.b0.conv3d.weight"])
+    network = build_network(without_imagenet(config), 9)
+    start_from(network, start)
+    head = {"encoder.logits.conv3d.weight", "encoder.logits.conv3d.bias"}
+    for name, tensor in network.state_dict().items():
+        if name in head:
+            assert (len(tensor), len(tuned[name]), len(source[name])) == (9, 9, 8)
+        elif name.startswith("encoder."):
+            assert torch.equal(tensor, source[name]), name
+            if name.endswith((".weight", ".bias")):  # statistics follow the clips of the step
+                torch.testing.assert_close(tuned[name], source[name])
     fresh = "flow_output.flow.weight"
     assert not torch.allclose(tuned[fresh], source[fresh])
 
