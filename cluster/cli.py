@@ -200,6 +200,7 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> int:
     from cluster.site import load_site
     from cluster.submit import require_slurm
     from dataloaders.prepare_cli import add_prepare_arguments, read_listing, read_settings
+    from dataloaders.reuse import open_donors
 
     if options.tasks < 1:
         raise UserError(f"--tasks {options.tasks} is not possible: give 1 or more")
@@ -207,7 +208,9 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> int:
     add_prepare_arguments(parser)
     args = parser.parse_args(words)
     # A mistake is better found here than after waiting in the queue. The GPU, if any, is the tasks' own.
-    replace(read_settings(args), flow_device="cpu").check()
+    settings = read_settings(args)
+    replace(settings, flow_device="cpu").check()
+    open_donors(args.reuse, settings)
     if args.share is not None:
         raise UserError("--share is what each of the tasks gets by itself: leave it out")
     preparation = Preparation(

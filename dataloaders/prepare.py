@@ -31,12 +31,14 @@ from tqdm import tqdm
 from dataloaders.errors import DecodeError, UserError
 from dataloaders.flow import BOUND
 from dataloaders.locks import lock
+from dataloaders.reuse import take_over
 from dataloaders.shards import (
     FLOW_EXTENSION,
     FORMAT,
     INFO_EXTENSION,
     MANIFEST,
     RGB_EXTENSION,
+    DataSet,
     SampleInfo,
     ShardWriter,
     shard_name,
@@ -89,6 +91,7 @@ def prepare(
     workers: int = 1,
     max_bad: float = 0.01,
     max_missing: float = 0.1,
+    reuse: Sequence[DataSet] = (),
 ) -> PrepareReport:
     """Make the data set `out`, or go on making it; where it is made already, do nothing.
 
@@ -96,6 +99,7 @@ def prepare(
         workers: processes; with 1 the work is done in this one.
         max_bad: share of the clips that may be bad. One bad clip is always allowed, except with 0.
         max_missing: share of the listed clips that the disk may lack; they are named in `OUT/missing.txt`.
+        reuse: data sets of `open_donors`, whose samples need not be made again.
 
     Raises:
         UserError: the settings cannot be stored, `out` holds something else or is being made by another process, too
@@ -109,7 +113,7 @@ def prepare(
         report = _finished_report(out)
     else:
         with _alone(out):
-            report = _prepare(listing, out, settings, identity, workers=workers, max_bad=max_bad)
+            report = _prepare(listing, out, settings, identity, workers=workers, max_bad=max_bad, reuse=reuse)
     if report.finished:
         shutil.rmtree(out / WORK, ignore_errors=True)  # also of a share that came late, and of an end before this line
     return report
@@ -142,6 +146,7 @@ def _prepare(
     *,
     workers: int,
     max_bad: float,
+    reuse: Sequence[DataSet],
 ) -> PrepareReport:
     """`prepare` of a folder that is this process's alone."""
     if _claim(out, identity):  # another process has just made it
@@ -149,7 +154,7 @@ def _prepare(
     work = out / WORK
     plan_file = work / PLAN
     if not plan_file.is_file():
-        bad = _transcode_all(listing.clips, work, settings, workers)
+        bad = _transcode_all(listing.clips, work, settings, workers, reuse)
         _refuse_empty_splits(listing, bad, out)
         _write_lines(out / QUARANTINE, [json.dumps(asdict(entry)) for entry in bad])
         _write_lines(out / MISSING, [clip.relative for clip in listing.missing])
@@ -179,6 +184,7 @@ def prepare_share(
     *,
     workers: int = 1,
     max_missing: float = 0.1,
+    reuse: Sequence[DataSet] = (),
 ) -> tuple[int, tuple[BadClip, ...]]:
     """Do one machine's part of the work and leave it in `out`, for a `prepare` that finds all parts done.
 
@@ -199,7 +205,7 @@ def prepare_share(
     clips = listing.clips[number - 1 :: shares]
     if _claim(out, _identity(listing, settings, workers, max_missing)) or (out / WORK / PLAN).is_file():
         return len(clips), ()
-    return len(clips), _transcode_all(clips, out / WORK, settings, workers)
+    return len(clips), _transcode_all(clips, out / WORK, settings, workers, reuse)
 
 
 def read_quarantine(out: Path) -> tuple[BadClip, ...]:
@@ -329,21 +335,27 @@ def _transcode_to_files(work: Path, settings: PrepareSettings, clip: SourceClip)
                 errno.ENOENT, "was there when the clips were listed, and is not now", str(clip.path)
             ) from error
         return BadClip(file=clip.relative, split=clip.split, reason=error.reason)
-    for extension in (RGB_EXTENSION, FLOW_EXTENSION, INFO_EXTENSION):
-        if extension in parts:
-            file = _sample_file(work, clip.key, extension)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, parts[extension])
+    _write_sample(work, clip.key, parts)
     return None
 
 
+def _write_sample(work: Path, key: str, parts: Mapping[str, bytes]) -> None:
+    for extension in (RGB_EXTENSION, FLOW_EXTENSION, INFO_EXTENSION):
+        if extension in parts:
+            file = _sample_file(work, key, extension)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, parts[extension])
+
+
 def _transcode_all(
-    clips: Sequence[SourceClip], work: Path, settings: PrepareSettings, workers: int
+    clips: Sequence[SourceClip], work: Path, settings: PrepareSettings, workers: int, reuse: Sequence[DataSet]
 ) -> tuple[BadClip, ...]:
     todo = [clip for clip in clips if not _is_done(work, clip.key)]
     _say_scaling(settings)
     if len(todo) < len(clips):
         print(f"{len(clips) - len(todo)} clips are done already", file=sys.stderr)
+    if reuse:
+        todo = _take_over_all(todo, work, reuse)
     job = partial(_transcode_to_files, work, settings)
     bad: list[BadClip] = []
     with Progress(len(todo), "clip") as progress:
@@ -353,6 +365,17 @@ def _transcode_all(
                 bad.append(result)
             progress.step()
     return tuple(sorted(bad, key=lambda entry: entry.file))
+
+
+def _take_over_all(clips: Sequence[SourceClip], work: Path, reuse: Sequence[DataSet]) -> list[SourceClip]:
+    """Returns the clips that no data set of `reuse` holds."""
+    names = ", ".join(donor.location for donor in reuse)
+    print(f"looking for {len(clips)} clips in {names}", file=sys.stderr)
+    for clip, parts in take_over(clips, reuse):
+        _write_sample(work, clip.key, parts)
+    left = [clip for clip in clips if not _is_done(work, clip.key)]
+    print(f"{len(clips) - len(left)} clips are taken over, {len(left)} are not there", file=sys.stderr)
+    return left
 
 
 def _in_processes(job: partial[BadClip | None], clips: Sequence[SourceClip], workers: int) -> Iterator[BadClip | None]:

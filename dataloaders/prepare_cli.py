@@ -14,6 +14,7 @@ from dataloaders.classmap import read_class_map
 from dataloaders.errors import UserError
 from dataloaders.official import SPLIT_NUMBERS, read_hmdb51, read_kinetics, read_ucf101
 from dataloaders.prepare import MISSING, QUARANTINE, PrepareReport, prepare, prepare_share
+from dataloaders.reuse import open_donors
 from dataloaders.shards import DataSet
 from dataloaders.sources import SPLITS, SourceListing, read_folder, read_lists
 from dataloaders.transcode import FLOW_SCALES, FlowDevice, PrepareSettings
@@ -47,6 +48,7 @@ of the split becomes the split val.
 
 examples:
   rev2net prepare {name} {folder} data/{name} --annotations {lists} --split 1
+  rev2net prepare {name} {folder} data/{name}-2 --annotations {lists} --split 2 --reuse data/{name}
   rev2net prepare {name} {folder} data/{name}-16 --annotations {lists} --class-map configs/classes/ucf_hmdb_16.yaml
 """
 
@@ -136,6 +138,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="transcode only the I-th of N parts, for several machines on one folder; then run without",
     )
     parser.add_argument(
+        "--reuse",
+        nargs="+",
+        default=(),
+        metavar="DATA",
+        help="data sets of the same videos and settings, of other splits or classes: what they hold is not done again",
+    )
+    parser.add_argument(
         "--max-bad",
         type=float,
         default=0.01,
@@ -162,6 +171,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     start = time.monotonic()
     settings = read_settings(args)
     settings.check()
+    reuse = open_donors(args.reuse, settings)
     share = None if args.share is None else _share(args.share)
     listing = read_listing(args)
     workers = args.workers
@@ -169,13 +179,23 @@ def run_prepare(args: argparse.Namespace) -> int:
         cores = len(os.sched_getaffinity(0))
         workers = min(_GPU_WORKERS, cores) if settings.flow_device == "cuda" else cores
     if share is not None:
-        clips, bad = prepare_share(listing, args.out, settings, share, workers=workers, max_missing=args.max_missing)
+        clips, bad = prepare_share(
+            listing, args.out, settings, share, workers=workers, max_missing=args.max_missing, reuse=reuse
+        )
         print(
             f"{args.out}: share {args.share} is done in {time.monotonic() - start:.0f} s: {clips} clips, "
             f"{len(bad)} of them bad; when all shares are, the same command without --share makes the shards"
         )
         return 0
-    report = prepare(listing, args.out, settings, workers=workers, max_bad=args.max_bad, max_missing=args.max_missing)
+    report = prepare(
+        listing,
+        args.out,
+        settings,
+        workers=workers,
+        max_bad=args.max_bad,
+        max_missing=args.max_missing,
+        reuse=reuse,
+    )
     return _tell(report, listing, args, time.monotonic() - start)
 
 

@@ -49,6 +49,7 @@ class SampleInfo:
         num_frames: of the RGB video and of the flow video alike.
         flow_height: height of one flow plane (the flow video is twice as tall); None without flow.
         flow_width: width of the flow video; None without flow.
+        source_bytes: size of the source file; None in a data set that was prepared before this was kept.
     """
 
     key: str
@@ -61,6 +62,7 @@ class SampleInfo:
     width: int
     flow_height: int | None = None
     flow_width: int | None = None
+    source_bytes: int | None = None
 
     @classmethod
     def from_json(cls, key: str, data: bytes) -> SampleInfo:
@@ -78,6 +80,7 @@ class SampleInfo:
                 width=raw["width"],
                 flow_height=raw["flow_height"],
                 flow_width=raw["flow_width"],
+                source_bytes=raw.get("source_bytes"),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise DecodeError(key, f"damaged {INFO_EXTENSION}: {error!r}") from error
@@ -216,8 +219,13 @@ class DataSet:
 
     @property
     def preparation(self) -> dict[str, Any]:
-        """How the videos were prepared: `PrepareSettings.to_json`."""
-        return dict(self.manifest["settings"]["preparation"])
+        """How the videos were prepared: `PrepareSettings.to_json`; UserError where the manifest does not say."""
+        try:
+            return dict(self.manifest["settings"]["preparation"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{MANIFEST} of {self.location} does not say how the videos were prepared ({error!r}); prepare it again"
+            ) from error
 
     @property
     def official(self) -> Mapping[str, Any] | None:

@@ -162,6 +162,7 @@ def _transcode(clip: SourceClip, settings: PrepareSettings) -> dict[str, bytes]:
         width=width,
         flow_height=None if flow is None else flow.height,
         flow_width=None if flow is None else flow.width,
+        source_bytes=clip.path.stat().st_size,
     )
     hashes = {extension: hashlib.sha256(data).hexdigest() for extension, data in parts.items()}
     return {**parts, INFO_EXTENSION: info.to_json(hashes)}
