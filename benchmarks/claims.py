@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -128,8 +128,8 @@ class Run:
     """One training, or one test of two streams.
 
     Attributes:
-        form: dann (labels of one domain, unlabelled clips of the other), fresh (the same on other clips), plain (labels
-            of one domain alone), real.
+        form: dann (labels of one domain, unlabelled clips of the other), fresh (the same on other clips), plain (no
+            DANN), real.
         task: a-b is domain a with labels and b as the target; or a set of real clips.
     """
 
@@ -167,7 +167,8 @@ def plan() -> list[Run]:
         *block("dann", DIRECTIONS, MAIN, range(3)),
         *block("dann", DIRECTIONS, MAIN, range(3, 5)),
         *block("dann", DIRECTIONS, ("no-frame", "no-flow"), range(3)),
-        *block("plain", ("a-b",), ABLATED, range(3)),
+        *block("plain", ("a-b",), (*ABLATED, RECIPE), range(3)),
+        *block("plain", ("b-a",), ("i3d", RECIPE), range(3)),
         *block("dann", DIRECTIONS, ("tsn", "tsn-flow", "i3d-flow", *FUSED), range(3)),
         *block("real", tuple(REAL), MAIN, range(3)),
         *block("dann", DIRECTIONS, tuple(ON_THE_TARGET), range(3)),
@@ -252,21 +253,24 @@ def spread(values: Sequence[float]) -> str:
     return f"{100 * mean(values):.1f}{error}"
 
 
-def differences(found: Found, one: str, other: str, form: str) -> list[float]:
-    """`one` less `other` on the target, paired by seed and direction."""
+def differences(found: Found, one: str, other: str, form: str, other_form: str | None = None) -> list[float]:
+    """`one` less `other` (of another form, if so said) on the target, paired by seed and direction."""
     paired = []
     for task in DIRECTIONS:
-        ours, theirs = (by_seed(found, f"{form}/{task}/{system}", "target") for system in (one, other))
+        ours = by_seed(found, f"{form}/{task}/{one}", "target")
+        theirs = by_seed(found, f"{other_form or form}/{task}/{other}", "target")
         paired += [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     return paired
 
 
 def comparisons(found: Found, pairs: Sequence[tuple[str, str]], form: str = "dann") -> list[str]:
     """A line per pair of systems that both were run: their paired differences, and what these say."""
-    lines = []
-    for one, other in pairs:
-        if paired := differences(found, one, other, form):
-            lines.append(f"| {SHOWN[one]} less {SHOWN[other]} | {spread(paired)} | {len(paired)} | {verdict(paired)} |")
+    return compared((f"{SHOWN[one]} less {SHOWN[other]}", differences(found, one, other, form)) for one, other in pairs)
+
+
+def compared(named: Iterable[tuple[str, Sequence[float]]]) -> list[str]:
+    """A line for each of the paired differences that there are."""
+    lines = [f"| {name} | {spread(pairs)} | {len(pairs)} | {verdict(pairs)} |" for name, pairs in named if pairs]
     return ["| | points | pairs | which says |", "|---|---|---|---|", *lines, ""] if lines else []
 
 
@@ -347,6 +351,13 @@ def page(found: Found) -> str:
     lines += ["## Within a domain (Table 2)", ""]
     lines += ["Without DANN; the target is tested all the same.", ""]
     lines += table(found, "plain", ("a-b",), ABLATED, ("source", "target", "ce"))
+    lines += ["## Across domains without DANN", ""]
+    lines += table(found, "plain", DIRECTIONS, ("i3d", RECIPE), ("target", "source", "ce"))
+    dann = [(f"{SHOWN[system]}, with DANN less without", differences(found, system, system, "dann", "plain"))
+            for system in (*ABLATED, RECIPE)]  # fmt: skip
+    recipe = ((f"{SHOWN[RECIPE]} ({form} DANN) less I3D without", differences(found, RECIPE, "i3d", of, "plain"))
+              for form, of in (("without", "plain"), ("with", "dann")))  # fmt: skip
+    lines += compared([*dann, *recipe])
     lines += ["## Inputs across domains, with DANN (Table 1)", ""]
     lines += table(
         found, "dann", DIRECTIONS, ("tsn", "tsn-flow", "tsn-both", "i3d", "i3d-flow", "i3d-both"), ("target",)
