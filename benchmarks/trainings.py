@@ -62,11 +62,11 @@ def rows(log: Path) -> list[dict[str, Any]]:
 def asked(about: str | None, plan: Sequence[R], log: Path) -> list[R]:
     """Those of the plan that have no row yet and that the command line asks for."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="runs whose name starts so")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="runs whose name starts so, or so")
     parser.add_argument("--page", action="store_true", help="only write the page")
     args = parser.parse_args()
     finished = {row["run"] for row in rows(log)}
-    return [run for run in plan if not (args.page or run.name in finished) and run.name.startswith(args.only)]
+    return [run for run in plan if not (args.page or run.name in finished) and run.name.startswith(tuple(args.only))]
 
 
 def keep(made: Iterable[dict[str, Any]], log: Path, file: Path, page: Callable[[list[dict[str, Any]]], str]) -> None:

@@ -55,7 +55,7 @@ def worker(width: float) -> None:
                 "data": {"path": "unused", "frames": 8, "size": 64},
                 "model": {"width": width},
                 "optim": {"name": "adamw"},
-                "train": {"zero_stage": stage, "global_batch": 4, "micro_batch": 1},
+                "train": {"zero_stage": stage, "precision": "fp32", "global_batch": 4, "micro_batch": 1},
             }
         )
         network = build_network(config, 400)

@@ -81,6 +81,7 @@ def diagnose(*, processes: int | None, storage: Path | None) -> Iterator[Row]:
     yield _slurm()
     if "torch" not in broken:
         yield _gpus()
+        yield _precision()
         yield _convolutions()
     if "PyAV" not in broken:
         clips = _encode_all()
@@ -134,6 +135,14 @@ def _gpus() -> Row:
         return Row(name="GPU", state="ok", text=f"none; {os.cpu_count()} CPU cores")
     text = f"{len(names)} x {', '.join(sorted(set(names)))}; CUDA {torch.version.cuda}"
     return Row(name="GPU", state="ok", text=text)
+
+
+def _precision() -> Row:
+    from rev2net.distributed import computes_in_bf16, read_ranks
+
+    if computes_in_bf16(read_ranks().device):
+        return Row(name="precision", state="ok", text="bf16")
+    return Row(name="precision", state="ok", text="fp32; bf16 is emulated here, which can take 20 times as long")
 
 
 def _convolutions() -> Row:

@@ -195,7 +195,10 @@ class TrainConfig(Section):
     global_batch: int = Field(8, gt=0, description="clips of one optimizer step over all ranks")
     micro_batch: int = Field(4, gt=0, description="clips of one forward pass on one rank")
     duration: str | int = Field("1epochs", description="'300steps', '20epochs' or '1e6samples'; a number is steps")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="of autocast; weights are kept in fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="of autocast; weights are kept in fp32; auto = bf16 where all ranks compute in it, else fp32",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed divides over the ranks; 1 = optimizer state")
     channels_last: bool = Field(True, description="memory layout of the clips")
     threads: int | None = Field(None, gt=0, description="CPU threads of a rank; null = cores / ranks of the machine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +14,13 @@ from dataloaders.batch import ClipBatch
 from dataloaders.errors import UserError
 from dataloaders.keyed import hash64
 from rev2net.config import Config, laid_over
-from rev2net.distributed import Ranks
+from rev2net.distributed import Ranks, computes_in_bf16
 from rev2net.losses import Objective
 from rev2net.models.dann import domain_loss
 from rev2net.models.heads import Network
 from rev2net.optim import build_optimizer
+
+log = logging.getLogger("rev2net")
 
 
 class TrainingStep(nn.Module):
@@ -80,8 +83,24 @@ def micro_batches(config: Config, ranks: Ranks) -> int:
     return total // (micro * ranks.world_size)
 
 
+def settle_precision(config: Config, ranks: Ranks) -> Config:
+    """The same with bf16 or fp32 in place of `train.precision=auto`, on all ranks alike. A collective."""
+    emulated = ranks.any(not computes_in_bf16(ranks.device))
+    train = config.train
+    if train.precision == "bf16" and emulated and ranks.first:
+        log.warning(
+            "train.precision=bf16 is emulated on this %s, which can take 20 times as long as fp32: "
+            "train.precision=auto takes what its devices compute in",
+            ranks.device.type,
+        )
+    if train.precision != "auto":
+        return config
+    settled = train.model_copy(update={"precision": "fp32" if emulated else "bf16"})
+    return config.model_copy(update={"train": settled})
+
+
 def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """DeepSpeed's own configuration; keys under `train.deepspeed` are added last.
+    """DeepSpeed's own configuration; keys under `train.deepspeed` are added last. Its precision is settled.
 
     Parameters stay float32 (`torch_autocast`, not `bf16`/`fp16`, which would cast batch normalisation), and so do
     gradients on the wire (`lower_precision_safe_modules: []`), so that the number of ranks does not change them.

@@ -26,7 +26,7 @@ from rev2net import checkpoint, pictures, snapshot
 from rev2net.config import Config, to_steps
 from rev2net.data import counts, eval_loader, open_data, open_target, train_loader
 from rev2net.distributed import Ranks, join, limit_collectives, read_ranks
-from rev2net.engine import Engine, build_engine, conv3d_warning, micro_batches
+from rev2net.engine import Engine, build_engine, conv3d_warning, micro_batches, settle_precision
 from rev2net.evaluate import Metrics, decoder_errors, evaluate_split, for_testing
 from rev2net.heartbeat import Heartbeat
 from rev2net.models.build import build_network
@@ -138,6 +138,7 @@ class TrainingRun:
         self.schedule: Schedule = build_schedule(config, total=self.total, epoch_samples=samples)
         self.folder = Path(config.output) / "checkpoints"
         join(self.ranks, config.train.threads)
+        self.config = config = settle_precision(config, self.ranks)
         self._writer = checkpoint.CheckpointWriter(self.folder)
         resumed = self.ranks.broadcast(checkpoint.recover(self.folder) if self.ranks.first else None)
         self.engine, state = self._start_engine(resumed)
@@ -224,7 +225,7 @@ class TrainingRun:
 
     def _announce(self, resumed: Path | None) -> None:
         log.info(
-            "%s with %s on %s: %d clips, %d classes, %d steps of %d clips on %d %s rank(s), "
+            "%s with %s on %s: %d clips, %d classes, %d steps of %d clips in %s on %d %s rank(s), "
             "encoder of %.1f M parameters",
             self.config.model.name,
             " and ".join(self.config.decoders) + " decoder" if self.config.decoders else "no decoder",
@@ -233,6 +234,7 @@ class TrainingRun:
             len(self.data.classes),
             self.total,
             self.config.train.global_batch,
+            self.config.train.precision,
             self.ranks.world_size,
             self.ranks.device.type,
             self._parameters / 1e6,

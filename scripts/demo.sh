@@ -28,7 +28,7 @@ rev2net prepare folder "$clips" "$data" --codec vp9 --short-side 128
 
 # Fewer of the configuration's steps, and the low-level penalty as much earlier, so that all takes five minutes.
 extra+=(train.duration=100steps loss.ddp_low_from=33steps)
-say "3/4 training Rev2Net on two processes (DeepSpeed ZeRO-1, bf16) into $run, 100 of its 240 steps"
+say "3/4 training Rev2Net on two processes (DeepSpeed ZeRO-1) into $run, 100 of its 240 steps"
 # The launcher's own messages go to a file: what a newcomer should see is the training.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 deepspeed --quiet --num_gpus 2 --master_port "$port" --module rev2net train configs/demo.yaml data.path="$data" output="$run" "${extra[@]}" \

@@ -269,7 +269,7 @@ def test_doctor_reports_every_part(tmp_path: Path, capfd: pytest.CaptureFixture[
     lines = capfd.readouterr().out.splitlines()
     assert all(line.split()[0] in ("ok", "warn") for line in lines)
     text = "\n".join(lines)
-    for part in ("torch ", "deepspeed ", "DALI ", "webdataset ", "mlflow ", "cuDNN ", "all-reduce, 2 x "):
+    for part in ("torch ", "deepspeed ", "DALI ", "webdataset ", "mlflow ", "cuDNN ", "precision ", "all-reduce, 2 x "):
         assert part in text
     cpu = next(line for line in lines if "DALI codecs, CPU" in line)
     assert "vp9" in cpu.split("refuses")[0]

@@ -139,7 +139,7 @@ def test_p12_an_unknown_key_is_refused_with_the_nearest_valid_one(small: Path, o
         ("model.flow_decoder=perhaps", r"^model\.flow_decoder='perhaps': .*boolean"),
         ("loss.ddp=all", r"^loss\.ddp='all': .*'none', 'low', 'high' or 'both'"),
         ("loss.alpha=-1", r"^loss\.alpha=-1: .*greater than or equal to 0"),
-        ("train.precision=fp64", r"^train\.precision='fp64': .*'fp32', 'bf16' or 'fp16'"),
+        ("train.precision=fp64", r"^train\.precision='fp64': .*'auto', 'fp32', 'bf16' or 'fp16'"),
         ("train.precision=fp16", r"^train\.precision=fp16 does not work with train\.zero_stage=1; use .*bf16"),
         ("train.zero_stage=4", r"^train\.zero_stage=4: .*0, 1, 2 or 3"),
         ("augment.scales=[1, x]", r"^augment\.scales='x': .*number"),

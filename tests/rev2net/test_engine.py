@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import platform
+import re
+from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -10,8 +14,8 @@ from tiny import TINY
 
 from dataloaders.errors import UserError
 from rev2net.config import load_config
-from rev2net.distributed import Ranks, fair_threads
-from rev2net.engine import Engine, TrainingStep, conv3d_warning, deepspeed_config
+from rev2net.distributed import Ranks, computes_in_bf16, fair_threads
+from rev2net.engine import Engine, TrainingStep, conv3d_warning, deepspeed_config, settle_precision
 from rev2net.losses import Objective
 from rev2net.models.build import build_network
 
@@ -51,9 +55,44 @@ def test_known_bad_convolutions(torch_version: str, cudnn: int | None, expected:
     assert (warning is None) if expected is None else (warning is not None and expected in warning)
 
 
+def test_bf16_is_for_processors_that_have_instructions_for_it() -> None:
+    if platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists():
+        pytest.skip("only x86's flags in /proc/cpuinfo are known to this test")
+    flags = re.search(r"^flags\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert flags is not None
+    assert computes_in_bf16(torch.device("cpu")) == ("avx512_bf16" in flags[1].split())
+
+
+@pytest.mark.parametrize(
+    ("given", "native", "elsewhere", "expected"),
+    [
+        ("auto", True, True, "bf16"),
+        ("auto", False, True, "fp32"),
+        ("auto", True, False, "fp32"),  # another rank's device does not
+        ("fp32", True, True, "fp32"),
+        ("bf16", False, True, "bf16"),
+        ("bf16", True, True, "bf16"),
+    ],
+)
+def test_auto_is_bf16_where_all_devices_compute_in_it(
+    given: str, native: bool, elsewhere: bool, expected: str,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Devices of both kinds cannot be had on one machine: what they say of themselves is made up."""
+    ranks = cast(Ranks, SimpleNamespace(first=True, device=ALONE.device, any=lambda flag: flag or not elsewhere))
+    monkeypatch.setattr("rev2net.engine.computes_in_bf16", lambda device: native)
+    config = load_config("configs/demo.yaml", [*TINY, f"train.precision={given}"])
+    settled = settle_precision(config, ranks)
+    assert settled.train.precision == expected
+    assert settled.train.model_copy(update={"precision": given}) == config.train
+    assert ("emulated" in caplog.text) == (given == "bf16" and not (native and elsewhere))
+
+
 def test_keys_for_deepspeed_lie_over_ours_and_leave_the_others() -> None:
     def tree(keys: str) -> dict[str, object]:
-        return deepspeed_config(load_config("configs/demo.yaml", [*TINY, f"train.deepspeed={keys}"]), ALONE)
+        return deepspeed_config(
+            load_config("configs/demo.yaml", [*TINY, "train.precision=fp32", f"train.deepspeed={keys}"]), ALONE
+        )
 
     assert tree("{zero_optimization: {overlap_comm: true}}")["zero_optimization"] == {"stage": 1, "overlap_comm": True}
     for keys, advice in (

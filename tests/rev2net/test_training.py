@@ -22,7 +22,7 @@ from rev2net import checkpoint
 from rev2net.cli import main
 from rev2net.config import load_config
 from rev2net.data import open_data, train_loader
-from rev2net.distributed import Ranks
+from rev2net.distributed import Ranks, computes_in_bf16
 from rev2net.losses import TERMS
 from rev2net.models import I3D
 from rev2net.models.build import build_network
@@ -76,7 +76,9 @@ def test_log_line_holds_everything(trained: Trained) -> None:
 
 
 def test_run_folder_holds_config_trace_and_whole_checkpoints(trained: Trained) -> None:
-    assert yaml.safe_load((trained.output / "config.yaml").read_text())["train"]["zero_stage"] == 1
+    train = yaml.safe_load((trained.output / "config.yaml").read_text())["train"]
+    assert train["zero_stage"] == 1
+    assert train["precision"] == ("bf16" if computes_in_bf16(torch.device("cpu")) else "fp32")  # it was `auto`
     assert json.loads((trained.output / "profile.trace.json").read_text())["traceEvents"]
     folder = trained.output / "checkpoints"
     assert (folder / "latest").read_text() == "step-00000006"
