@@ -11,7 +11,7 @@ from typing import Any, Literal
 from cluster.jobs import Job, new_folder, now, possible_folders, record
 from cluster.site import Site
 from cluster.submit import Placement, sbatch_script, slurm_executor, slurm_refusals, submit_local, wait_local
-from cluster.task import StopRequested, Task, log_to_stdout
+from cluster.task import StopRequested, Task, check_gpus, log_to_stdout
 from rev2net.config import Config
 from rev2net.grid import Search
 
@@ -33,6 +33,7 @@ class SweepWork:
         from rev2net.sweep import sweep
 
         log_to_stdout()
+        check_gpus()
         ended = sweep(self.config, self.search, stop_requested=stop_requested)
         if ended is not None and os.environ["RANK"] == "0":
             print(f"{ended.table}\n\nwinner {' '.join(ended.winner)}", flush=True)

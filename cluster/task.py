@@ -79,6 +79,7 @@ class TrainWork:
         from rev2net.train import train
 
         log_to_stdout()
+        check_gpus()
         return train(self.config, stop_requested=stop_requested).finished
 
 
@@ -129,6 +130,18 @@ def log_to_stdout() -> None:
     if os.environ["RANK"] == "0":
         for package in ("rev2net", "dataloaders"):
             logging.getLogger(package).setLevel(logging.INFO)
+
+
+def check_gpus() -> None:
+    """UserError where Slurm gave the job GPUs and PyTorch cannot use them: it would train on CPUs without a word."""
+    import torch
+
+    given = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_JOB_GPUS")
+    if given and os.environ.get("DS_ACCELERATOR") != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"Slurm gave this job GPUs ({given}), but torch {torch.__version__} cannot use them: install one for the "
+            "driver of the nodes (`rev2net-cluster doctor --nodes` looks at them), or set DS_ACCELERATOR=cpu"
+        )
 
 
 def requeue_outside() -> None:

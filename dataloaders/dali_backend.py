@@ -6,7 +6,8 @@ what a clip is comes in as data, so nothing random happens inside.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,20 +179,32 @@ class DALIBackend:
 
     def _run(self, requests: Sequence[ClipRequest]) -> RawClips:
         outputs = self._pipeline.run(**_feeds(requests, with_flow=self._with_flow, with_rgb=self._with_rgb))
-        tensors = [self._tensor(output) for output in outputs]
-        return RawClips(
-            frames=tensors[0] if self._with_rgb else None,
-            flow=torch.cat(tensors[-2:], dim=-1) if self._with_flow else None,
-        )
+        with self._on_its_stream():
+            tensors = [self._tensor(output) for output in outputs]
+            return RawClips(
+                frames=tensors[0] if self._with_rgb else None,
+                flow=torch.cat(tensors[-2:], dim=-1) if self._with_flow else None,
+            )
+
+    @contextmanager
+    def _on_its_stream(self) -> Iterator[None]:
+        """Whatever is made here is made on the pipeline's own stream, and is there when this ends.
+
+        All of it: memory that is freed here is used again by the next batch in the order of this stream, which says
+        nothing of what another one still reads. With the device, because a thread's is the first one otherwise.
+        """
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            yield
+            self._stream.synchronize()
 
     def _tensor(self, output: Any) -> torch.Tensor:
         """A torch tensor on the same device; copied there, since DALI may use its memory again."""
         if self._stream is None:
             return torch.from_numpy(np.array(output.as_array()))
-        with torch.cuda.stream(self._stream):
-            tensor = from_dlpack(output.as_tensor()).clone()
-        self._stream.synchronize()
-        return tensor
+        return from_dlpack(output.as_tensor()).clone()
 
     def close(self) -> None:
         """Free the pipeline and its threads."""

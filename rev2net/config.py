@@ -197,7 +197,7 @@ class TrainConfig(Section):
     duration: str | int = Field("1epochs", description="'300steps', '20epochs' or '1e6samples'; a number is steps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
-        description="of autocast; weights are kept in fp32; auto = bf16 where all ranks compute in it, else fp32",
+        description="of autocast; auto = bf16 where all ranks compute in it, else fp32 (convolutions: TF32 on GPUs)",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed divides over the ranks; 1 = optimizer state")
     channels_last: bool = Field(True, description="memory layout of the clips")

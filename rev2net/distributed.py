@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dataloaders.errors import UserError
+
 FIRST_STEP_TIMEOUT = timedelta(minutes=30)
 """For collectives: ranks reach the first one at very different times (compilation, cold storage)."""
 
@@ -82,12 +84,22 @@ class Ranks:
 def read_ranks() -> Ranks:
     """Rank and device from the environment that a launcher made; a process alone is rank 0 of 1.
 
-    Nothing is started: a user's mistake can still be told by rank 0 before any collective.
+    Nothing is started: a user's mistake can still be told by rank 0 before any collective. DS_ACCELERATOR=cpu leaves a
+    machine's GPUs alone.
+
+    Raises:
+        UserError: there are more ranks on this machine than GPUs.
     """
     env = os.environ
     world_size = int(env.get("WORLD_SIZE", "1"))
     local_rank = int(env.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    gpus = 0 if env.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    if 0 < gpus <= local_rank:
+        raise UserError(
+            f"rank {local_rank} of this machine needs a GPU of its own, and it sees {gpus}: start at most {gpus} here, "
+            "or set DS_ACCELERATOR=cpu"
+        )
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     return Ranks(
         rank=int(env.get("RANK", "0")),
         world_size=world_size,

@@ -99,18 +99,21 @@ def settle_precision(config: Config, ranks: Ranks) -> Config:
     return config.model_copy(update={"train": settled})
 
 
-def deepspeed_config(config: Config, ranks: Ranks) -> dict[str, Any]:
+def deepspeed_config(config: Config, ranks: Ranks, parameters: int) -> dict[str, Any]:
     """DeepSpeed's own configuration; keys under `train.deepspeed` are added last. Its precision is settled.
 
     Parameters stay float32 (`torch_autocast`, not `bf16`/`fp16`, which would cast batch normalisation), and so do
     gradients on the wire (`lower_precision_safe_modules: []`), so that the number of ranks does not change them.
+
+    Args:
+        parameters: of the network; gradients are reduced in one bucket of that size, where DeepSpeed's own takes 2 GB.
     """
     train = config.train
     tree: dict[str, Any] = {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": micro_batches(config, ranks),
-        "zero_optimization": {"stage": train.zero_stage},
+        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": parameters},
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": config.optim.clip_grad_norm,
         "steps_per_print": 10**9,
@@ -324,7 +327,7 @@ def build_engine(config: Config, ranks: Ranks, network: Network) -> Engine:
     engine, *_ = deepspeed.initialize(
         model=step_module,
         optimizer=build_optimizer(step_module.network, config.optim),
-        config=deepspeed_config(config, ranks),
+        config=deepspeed_config(config, ranks, sum(p.numel() for p in step_module.parameters())),
     )
     built = Engine(deepspeed=engine, step_module=step_module, accumulation=accumulation, config=config, ranks=ranks)
     built.create_optimizer_state()

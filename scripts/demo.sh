@@ -28,10 +28,12 @@ rev2net prepare folder "$clips" "$data" --codec vp9 --short-side 128
 
 # Fewer of the configuration's steps, and the low-level penalty as much earlier, so that all takes five minutes.
 extra+=(train.duration=100steps loss.ddp_low_from=33steps)
-say "3/4 training Rev2Net on two processes (DeepSpeed ZeRO-1) into $run, 100 of its 240 steps"
+ranks=2
+[ "$(nvidia-smi -L 2> /dev/null | grep -c '^GPU')" != 1 ] || ranks=1    # a GPU is for one process
+say "3/4 training Rev2Net on $ranks process(es) (DeepSpeed ZeRO-1) into $run, 100 of its 240 steps"
 # The launcher's own messages go to a file: what a newcomer should see is the training.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-deepspeed --quiet --num_gpus 2 --master_port "$port" --module rev2net train configs/demo.yaml data.path="$data" output="$run" "${extra[@]}" \
+deepspeed --quiet --num_gpus "$ranks" --master_port "$port" --module rev2net train configs/demo.yaml data.path="$data" output="$run" "${extra[@]}" \
     2> demo/launcher.log || { status=$?; tail -n 20 demo/launcher.log >&2; exit $status; }
 
 say "4/4 testing the I3D that is left at test time, 3 clips of each video"

@@ -13,8 +13,8 @@ import claims
 def rows(form: str = "dann", **gains: float) -> list[dict[str, object]]:
     """Three seeds and two directions, each a point better than the one before; the systems differ by `gains`."""
     return [
-        {"run": f"{form}/{task}/{system}/{seed}", "date": "2026-01-01", "seconds": 3600, "precision": "bf16", "source": 0.9, "ce": 0.25,
-         "target": 0.5 + 0.01 * seed + gain * (1 + 0.1 * seed)}
+        {"run": f"{form}/{task}/{system}/{seed}", "date": "2026-01-01", "seconds": 3600, "precision": "bf16",
+         "source": 0.9, "ce": 0.25, "target": 0.5 + 0.01 * seed + gain * (1 + 0.1 * seed)}
         for seed in range(3) for task in claims.DIRECTIONS for system, gain in gains.items()
     ]  # fmt: skip
 

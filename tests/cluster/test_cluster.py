@@ -13,6 +13,7 @@ from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 import pytest
+import torch
 from tiny import wait
 
 from cluster.cli import main
@@ -20,7 +21,8 @@ from cluster.doctor import diagnose
 from cluster.doctor_nodes import DoctorTask, _node_rows, _reduce_rows
 from cluster.site import Site, load_site
 from cluster.submit import Placement, submit_local, wait_local
-from cluster.task import Task, TrainWork
+from cluster.task import Task, TrainWork, check_gpus
+from dataloaders.errors import UserError
 from rev2net.config import load_config
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -261,6 +263,18 @@ def stoppable_work(folder: Path) -> Any:
 def wait_for_pid(path: Path) -> int:
     wait(f"start of {path.name}", path.exists, 60)
     return int(path.read_text())
+
+
+def test_gpus_that_slurm_gave_and_pytorch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable is Slurm's; there is no GPU here, as there is none for a PyTorch that is too new for its driver."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    check_gpus()
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    with pytest.raises(UserError, match=r"^Slurm gave this job GPUs \(8\), but torch .* cannot use them"):
+        check_gpus()
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    check_gpus()
 
 
 def test_doctor_reports_every_part(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -119,6 +119,15 @@ def test_all_256_flow_codes_survive_encoder_and_nvdec(codec: Codec) -> None:
     assert stacked.shape == (13, 256, 256) and not moved, f"{len(moved)} codes came back as others: {moved}"
 
 
+def test_flow_is_decoded_before_its_memory_is_used_again(data: DataSet) -> None:
+    """While the stream of the training is busy: nothing that a batch is made of may wait there."""
+    undisturbed = batches(data, "dali", 6)
+    torch.cuda._sleep(4_000_000_000)  # two seconds; the batches' last touches queue behind it
+    for quiet, busy in zip(undisturbed, batches(data, "dali", 6), strict=True):
+        assert quiet.keys == busy.keys and quiet.flow is not None and busy.flow is not None
+        assert torch.equal(quiet.video, busy.video) and torch.equal(quiet.flow, busy.flow)
+
+
 def assert_p3(data: DataSet, count: int) -> None:
     assert choose_backend("auto", data.codec, CUDA) == "dali"
     for nvdec, pyav in zip(batches(data, "dali", count), batches(data, "pyav", count), strict=True):
@@ -153,7 +162,7 @@ def test_flow_on_the_gpu_is_that_of_the_cpu() -> None:
     seconds = time.perf_counter() - start
     print(f"tvl1 on the GPU: {8 / seconds:.1f} pairs of 128x128 a second, kernels' start included")
     error = np.linalg.norm(flow - tvl1(frames), axis=1)
-    assert error.mean() < 0.01
+    assert error.mean() < 0.02  # as between the two forms on a CPU
 
 
 def test_all_gpus_join_through_nccl() -> None:

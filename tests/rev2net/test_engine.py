@@ -91,10 +91,14 @@ def test_auto_is_bf16_where_all_devices_compute_in_it(
 def test_keys_for_deepspeed_lie_over_ours_and_leave_the_others() -> None:
     def tree(keys: str) -> dict[str, object]:
         return deepspeed_config(
-            load_config("configs/demo.yaml", [*TINY, "train.precision=fp32", f"train.deepspeed={keys}"]), ALONE
+            load_config("configs/demo.yaml", [*TINY, "train.precision=fp32", f"train.deepspeed={keys}"]), ALONE, 5
         )
 
-    assert tree("{zero_optimization: {overlap_comm: true}}")["zero_optimization"] == {"stage": 1, "overlap_comm": True}
+    assert tree("{zero_optimization: {overlap_comm: true}}")["zero_optimization"] == {
+        "stage": 1,
+        "reduce_bucket_size": 5,
+        "overlap_comm": True,
+    }
     for keys, advice in (
         ("{zero_optimization: {stage: 3}}", "set train.zero_stage"),
         ("{train_batch_size: 4}", "train"),
