@@ -22,12 +22,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import yaml
 from cores import each_on_a_core
 from machine import cpu_facts
 from trainings import ROOT, asked, command, each_run, generated, keep, logged, real
 
 from dataloaders.locks import lock
+from rev2net import checkpoint
 
 LOG, PAGE = ROOT / "benchmarks" / "claims.jsonl", ROOT / "benchmarks" / "claims.md"
 WORK = ROOT / "runs" / "claims"
@@ -229,7 +229,7 @@ def done(run: Run) -> dict[str, object]:
     result = json.loads((run.output / "result.json").read_text())
     metrics = result["metrics"]
     row |= {"seconds": round(time.perf_counter() - started), "steps": result["step"], "source": metrics["val/top1"]}
-    row["precision"] = yaml.safe_load((run.output / "config.yaml").read_text())["train"]["precision"]
+    row["precision"] = checkpoint.read_state(Path(result["checkpoint"])).config["train"]["precision"]
     names = {"target": "target/top1", "flow_rmse": "val/flow_rmse", "frame_rmse": "val/frame_rmse"}
     row |= {short: metrics[name] for short, name in names.items() if name in metrics}
     for short, name in (("ce", "loss/ce"), ("discriminator", "domain/accuracy")):

@@ -23,7 +23,7 @@ from PIL import Image
 from dataloaders.errors import DecodeError, UserError
 from dataloaders.flow import decode_flow
 from dataloaders.flow.colours import flow_colours
-from dataloaders.prepare import Progress
+from dataloaders.progress import Progress
 from dataloaders.pyav_backend import decode_pictures, to_luma, to_rgb
 from dataloaders.shards import (
     FLOW_EXTENSION,

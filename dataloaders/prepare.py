@@ -13,7 +13,6 @@ import json
 import platform
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -26,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import av
-from tqdm import tqdm
 
 from dataloaders.errors import DecodeError, UserError
 from dataloaders.flow import BOUND
 from dataloaders.locks import lock
+from dataloaders.progress import Progress
 from dataloaders.reuse import take_over
 from dataloaders.shards import (
     FLOW_EXTENSION,
@@ -54,7 +53,6 @@ WORK = ".work"
 PLAN = "plan.json"
 QUARANTINE = "quarantine.jsonl"
 MISSING = "missing.txt"
-_LOG_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -519,36 +517,3 @@ def _manifest(
             **({"torch": version("torch")} if settings.flow_device == "cuda" else {}),
         },
     }
-
-
-class Progress:
-    """A bar with rate and ETA on a terminal, a line every ten seconds elsewhere; both on stderr."""
-
-    def __init__(self, total: int, unit: str) -> None:
-        self._total, self._unit = total, unit
-        self._done = 0
-        self._start = self._said = time.monotonic()
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, unit=unit, dynamic_ncols=True) if terminal else None
-
-    def step(self) -> None:
-        """One more is done."""
-        self._done += 1
-        if self._bar is not None:
-            self._bar.update()
-        elif time.monotonic() - self._said >= _LOG_SECONDS:
-            self._said = time.monotonic()
-            rate = self._done / (self._said - self._start)
-            eta = tqdm.format_interval((self._total - self._done) / rate)
-            print(
-                f"{self._done} of {self._total} {self._unit}s, {rate:.2f} {self._unit}s/s, ETA {eta}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -17,7 +17,7 @@ from dataloaders.batch import Backend, ClipRequest
 from dataloaders.errors import DecodeError, UserError
 from dataloaders.lanes import choose_backend
 from dataloaders.plan import ClipPlan, ClipShape
-from dataloaders.prepare import Progress
+from dataloaders.progress import Progress
 from dataloaders.remote import DamagedShardError
 from dataloaders.shards import (
     FLOW_EXTENSION,

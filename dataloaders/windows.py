@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def windows(
         source.width, source.height, codec=settings.codec, short_side=settings.short_side, size=settings.size
     )
     fps = float(settings.fps or source.fps)
-    length, hop = max(1, round(seconds * fps)), max(1, round(every * fps))
+    length, hop = (max(1, round(min(span * fps, sys.maxsize // 2))) for span in (seconds, every))
     flow_width, flow_height = flow_size(width, height, codec=settings.codec, scale=settings.flow_scale or 1.0)
 
     def window(first: int, pictures: Sequence[I420]) -> Window:

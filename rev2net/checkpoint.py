@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class RunState:
         skipped: how many of the steps did not change the weights, because the loss or gradients were not finite.
         replaced: how many clips could not be decoded so far.
         loss_scale: of fp16's scaler; None without one.
+        official: the official lists and split that its data is of (`DataSet.official`); empty where it is of none.
     """
 
     step: int
@@ -68,6 +69,7 @@ class RunState:
     skipped: int = 0
     replaced: int = 0
     loss_scale: dict[str, float] | None = None
+    official: dict[str, Any] = field(default_factory=dict)
 
 
 class CheckpointWriter:
@@ -160,11 +162,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files (size, hash), or None; reads all of it."""
+def damage(checkpoint: Path, *names: str) -> str | None:
+    """What is wrong with a checkpoint's files (size, hash), or with those so named; None if nothing is. Reads them."""
     try:
         files = json.loads((checkpoint / "state.json").read_text())["files"]
-        for name, entry in files.items():
+        for name in names or files:
+            entry = files[name]
             size = (checkpoint / name).stat().st_size
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes, {entry['bytes']} were written"
@@ -312,16 +315,31 @@ def load_weights(network: nn.Module, checkpoint: Path) -> None:
     network.load_state_dict(weights)
 
 
+def check_weights(checkpoint: Path) -> Path:
+    """The file of its weights, compared with its hash: what is damaged would give numbers all the same.
+
+    Raises:
+        UserError: damaged.
+    """
+    wrong = damage(checkpoint, "weights.safetensors")
+    if wrong is not None:
+        raise UserError(
+            f"{checkpoint} is damaged ({wrong}): choose another one (`rev2net checkpoint verify` looks at all of a run)"
+        )
+    return checkpoint / "weights.safetensors"
+
+
 def load_encoder(checkpoint: Path) -> tuple[nn.Module, Config, RunState]:
     """The test-time network of a checkpoint: the encoder alone, in evaluation mode.
 
     Raises:
-        UserError: not a checkpoint of ours.
+        UserError: not a checkpoint of ours, or its weights are damaged.
     """
     state = read_state(checkpoint)
     config = config_from_tree(state.config)
     encoder = build_encoder(config, len(state.classes))
     prefix = "encoder."
+    check_weights(checkpoint)
     weights = {
         k.removeprefix(prefix): v for k, v in read_tensors(checkpoint, "weights").items() if k.startswith(prefix)
     }
@@ -333,10 +351,11 @@ def load_network(checkpoint: Path) -> tuple[Network, Config, RunState]:
     """The training-time network of a checkpoint, decoders included, in evaluation mode.
 
     Raises:
-        UserError: not a checkpoint of ours.
+        UserError: not a checkpoint of ours, or its weights are damaged.
     """
     state = read_state(checkpoint)
     config = config_from_tree({**state.config, "model": {**state.config["model"], "imagenet": None}})
     network = build_network(config, len(state.classes))
+    check_weights(checkpoint)
     load_weights(network, checkpoint)
     return network.eval(), config, state

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dataloaders.errors import UserError
 from dataloaders.shards import check_output, written_aside
 
 _SHOW = """What is in a run's checkpoints, or in one of them.
@@ -59,13 +60,15 @@ def run_checkpoint(args: argparse.Namespace) -> int:
     return status
 
 
-def _of(path: str) -> list[Path]:
-    """All checkpoints of a run, or the one that is named."""
+def _of(path: str, pattern: str | None = None) -> list[Path]:
+    """All checkpoints of a run, or what else lies there under a name of the pattern, or the one that is named."""
     from rev2net import checkpoint
 
     found = checkpoint.find(path)
     one = Path(path).name in (found.name, checkpoint.LATEST, checkpoint.BEST)
-    return [found] if one else checkpoint.checkpoints(found.parent)
+    if one:
+        return [found]
+    return checkpoint.checkpoints(found.parent) if pattern is None else sorted(found.parent.glob(pattern))
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -75,6 +78,13 @@ def _show(args: argparse.Namespace) -> int:
     latest, best = checkpoint.latest(found[0].parent), checkpoint.best(found[0].parent)
     print(f"{'checkpoint':<16}{'MB':>8}{'ranks':>7}{checkpoint.METRIC:>10}  written under")
     for path in found:
+        try:
+            checkpoint.read_state(path)
+        except UserError:
+            if len(found) == 1:
+                raise
+            print(f"{path.name:<16}cannot be read: see `rev2net checkpoint verify`")
+            continue
         state, values = checkpoint.read_state(path), checkpoint.read_evaluation(path)
         size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         accuracy = "-" if values is None else f"{values[checkpoint.METRIC]:.1%}"
@@ -103,7 +113,7 @@ def _verify(args: argparse.Namespace) -> int:
     from rev2net import checkpoint
 
     damaged = 0
-    for path in _of(args.checkpoint):
+    for path in _of(args.checkpoint, "step-*"):
         wrong = checkpoint.damage(path)
         damaged += wrong is not None
         print(f"{path}: {'ok' if wrong is None else wrong}", flush=True)

@@ -130,12 +130,14 @@ def _quiet_libraries() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    args = build_parser().parse_args(argv)
+    # What the others print is a result, which may be read by a program.
+    stream = sys.stdout if args.command in ("train", "sweep") else sys.stderr
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=stream)
     if is_first():
         for package in ("rev2net", "dataloaders"):
             logging.getLogger(package).setLevel(logging.INFO)
     _quiet_libraries()
-    args = build_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dataloaders.batch import Stream
 from dataloaders.errors import UserError
@@ -257,10 +257,22 @@ _ONLY_FOR = {
 }
 
 
+WITHOUT_EFFECT = (
+    *("loader.", "tracking.", "profile.", "eval.batch", "train.threads", "train.log_every", "train.eval_every"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.hang_minutes"),
+)
+"""Beginnings of keys that no result depends on."""
+
+PLACES = ("output", "data.path", "target.path", "init_from", "model.imagenet")
+"""Keys that hold a path on some machine."""
+
+
 class Config(Section):
     """A whole experiment."""
 
-    output: str = Field(description="folder of the run: log, checkpoints, configuration")
+    output: Annotated[str, AfterValidator(lambda path: path.rstrip("/") or path)] = Field(
+        description="folder of the run: log, checkpoints, configuration"
+    )
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     loader: LoaderConfig = LoaderConfig()

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from dataloaders.errors import UserError
+from dataloaders.errors import UserError, first_line
+from dataloaders.progress import Progress
 
 if TYPE_CHECKING:  # torch takes seconds, which a mistyped command should not
     from torch import nn
 
+    from dataloaders.batch import ClipBatch
+    from dataloaders.loader import EvalLoader
     from dataloaders.shards import DataSet
     from rev2net.checkpoint import RunState
     from rev2net.config import Config
@@ -117,6 +120,12 @@ class _Stream:
                 f"{self.checkpoint} sees optical flow, but {data.location} was prepared without: prepare it again "
                 "without --no-flow"
             )
+        ours, theirs = self.state.official, data.official or {}
+        if ours.get("lists") == theirs.get("lists") and ours.get("split") != theirs.get("split"):
+            raise UserError(
+                f"{self.checkpoint} was trained on the official split {ours.get('split')}, and {data.location} is of "
+                f"split {theirs.get('split')}, whose test videos it has learned from: test it on data of its own split"
+            )
 
 
 def _test(streams: Sequence[_Stream], data: DataSet, split: str, ranks: Ranks, *, backwards: bool = False) -> Metrics:
@@ -135,8 +144,20 @@ def _test(streams: Sequence[_Stream], data: DataSet, split: str, ranks: Ranks, *
             )
     for stream in streams:
         stream.check(data)
-    scores = [split_scores(s.network, data, split, s.config, ranks, backwards=backwards) for s in streams]
+    scores = [
+        split_scores(
+            s.network, data, split, s.config, ranks, backwards=backwards, watched=_shown if ranks.first else iter
+        )
+        for s in streams
+    ]
     return metrics(scores[0] if not others else fuse(*scores), len(data.classes))
+
+
+def _shown(loader: EvalLoader) -> Iterator[ClipBatch]:
+    with Progress(len(loader), "batch", "batches") as progress:
+        for batch in loader:
+            yield batch
+            progress.step()
 
 
 def _open_log(streams: Sequence[_Stream], data: DataSet, split: str) -> EvaluationLog:
@@ -164,8 +185,8 @@ def run_eval(args: argparse.Namespace) -> int:
         raise UserError("--backwards is no test that is logged: leave it out, or --log")
     if args.confusion:
         check_output(Path(args.confusion), (".png", ".pdf", ".svg"))
-    if args.json not in (None, "-") and not Path(args.json).parent.is_dir():
-        raise UserError(f"--json {args.json} is in no folder: make it, or write the file elsewhere")
+    if args.json not in (None, "-") and (not Path(args.json).parent.is_dir() or Path(args.json).is_dir()):
+        raise UserError(f"--json {args.json} is a folder, or in none: give a file in a folder that is there")
     ranks = _ranks()
     streams = [_Stream.load(path, args, ranks) for path in (args.checkpoint, args.fuse) if path is not None]
     data = open_at(args.data, streams[0].config)
@@ -181,8 +202,7 @@ def run_eval(args: argparse.Namespace) -> int:
         print(f"{name:<12}{value:>8.1%}", file=where)
     for sample, reason in result.failed.items():
         print(f"failed, counted as wrong: video {sample}: {reason}", file=where)
-    if kept is not None:  # before what may fail for want of room
-        print(f"kept in MLflow at {kept.uri} as the run {kept.write(result)}", file=where)
+    unkept = None if kept is None else _keep(kept, result, where)
     if args.confusion:
         title = f"top-1 {result.top1:.1%} of {result.videos} videos"
         pictures.confusion_matrix(result.confusion, data.classes, title).savefig(args.confusion)
@@ -195,7 +215,18 @@ def run_eval(args: argparse.Namespace) -> int:
         }
         text = json.dumps(tree)
         print(text) if args.json == "-" else Path(args.json).write_text(text)
+    if unkept is not None:
+        raise RuntimeError(unkept)
     return 0
+
+
+def _keep(kept: EvaluationLog, result: Metrics, where: TextIO) -> str | None:
+    """Write a test to MLflow; why that failed, which is told when everything else is done."""
+    try:
+        print(f"kept in MLflow at {kept.uri} as the run {kept.write(result)}", file=where)
+    except Exception as error:  # of whatever keeps its data
+        return f"the test is not kept in MLflow at {kept.uri} ({first_line(error)}): mend that, and test again"
+    return None
 
 
 def run_splits(args: argparse.Namespace) -> int:
@@ -209,18 +240,27 @@ def run_splits(args: argparse.Namespace) -> int:
         )
     ranks = _ranks()
     top1: list[float] = []
+    unkept: str | None = None
+    tested: dict[tuple[object, object], str] = {}
     for paths in zip(args.checkpoints, seconds, strict=True):
         streams = [_Stream.load(path, args, ranks) for path in paths if path is not None]
         config = streams[0].config
         data, split = open_at(config.data.path, config), config.data.val_split
+        # One of the official splits, or, where there are none, one data set.
+        which = (config.data.split, None) if data.official else (None, data.fingerprint())
+        if which in tested:
+            raise UserError(f"{tested[which]} and {paths[0]} are tested on the same split: give one run for each split")
+        tested[which] = paths[0]
         kept = _open_log(streams, data, split) if args.log else None
         result = _test(streams, data, split, ranks)
         top1.append(result.top1)
         if ranks.first:
             print(f"{paths[0]:<40} {config.data.path:<30} top1 {result.top1:>7.1%} of {result.videos} videos")
             if kept is not None:
-                print(f"kept in MLflow at {kept.uri} as the run {kept.write(result)}")
+                unkept = _keep(kept, result, sys.stdout) or unkept
     if ranks.first:
         spread = f" +- {stdev(top1):.1%}" if len(top1) > 1 else ""
         print(f"mean of {len(top1)} splits: top1 {mean(top1):.1%}{spread}")
+    if unkept is not None:
+        raise RuntimeError(unkept)
     return 0

@@ -82,7 +82,7 @@ class Metrics:
         mean_class: accuracy of each class that has videos, averaged.
         cross_entropy: mean of -log of the averaged score of the true class, over the videos that did not fail; nats.
         videos: number of videos, failed ones included.
-        failed: keys or indices of the failed ones with reasons.
+        failed: indices of the failed ones, with key and reason.
         confusion: classes x classes counts, rows are true labels; failed videos are in no column.
     """
 
@@ -200,7 +200,7 @@ def split_scores(
             stream=config.model.input,
         )
     for failure in loader.failed:
-        scores.fail(failure.sample, failure.label, failure.reason)
+        scores.fail(failure.sample, failure.label, f"{failure.key}: {failure.reason}")
     whole = merge(ranks.gather(scores))
     for sample, (_, reason) in sorted(whole.failed.items()):
         log.warning("video %d of %s counts as wrong: %s", sample, data.location, reason)

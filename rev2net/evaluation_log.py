@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,8 @@ class EvaluationLog:
         self._data, self._split = data, split
         self._checkpoints = [checkpoint for checkpoint, _, _ in tested]
         # The run's folder may have been moved since.
-        self.uri = tracking_uri(config.model_copy(update={"output": str(first.parent.parent)}))
+        told = os.environ.get("MLFLOW_TRACKING_URI")
+        self.uri = told or tracking_uri(config.model_copy(update={"output": str(first.parent.parent)}))
         file = database(self.uri)
         self._client = connect(self.uri if file is None else f"sqlite:///{file}", called=self.uri)
         self._trainings = [self._training(checkpoint, state) for checkpoint, _, state in tested]

@@ -214,7 +214,12 @@ def _read_pt2(path: Path) -> tuple[Scorer, Description]:
 
     _refuse_pickles(path)
     extra: dict[str, str] = {DESCRIPTION: ""}
-    network = torch.export.load(path, extra_files=extra).module()
+    try:
+        network = torch.export.load(path, extra_files=extra).module()
+    except Exception as error:  # of whatever does not fit this version of PyTorch
+        raise UserError(
+            f"{path} cannot be loaded by torch {torch.__version__} ({first_line(error)}): export it again with this one"
+        ) from None
     return network, Description.read(extra[DESCRIPTION], str(path))
 
 

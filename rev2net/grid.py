@@ -119,6 +119,11 @@ class Search:
                 if results[point].failure is not None:
                     return
 
+    def winner(self, results: Mapping[Point, Result]) -> Point:
+        """The best point so far, of equals the first on the grids; there has to be a result."""
+        points = [point for stage in self.stages(results) for point in stage.points if point in results]
+        return best(points or results, results)
+
     def _values(self, grid: str, value: float) -> tuple[float, ...]:
         if grid == "coarse":
             return self.coarse
@@ -157,7 +162,7 @@ def rows(search: Search, results: Mapping[Point, Result]) -> list[dict[str, str]
     """The whole grid as far as it is known, a row for each cell; empty strings for what is still to come."""
     found: list[dict[str, str]] = []
     seen: dict[Point, str] = {}
-    leader = best(results, results) if results else None
+    leader = search.winner(results) if results else None
     for stage in search.stages(results):
         for point in stage.points:
             result = results.get(point)

@@ -57,6 +57,7 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line and video, on standard output")
     parser.add_argument("--annotate", metavar="FOLDER", type=Path, help="write copies with the classes in the picture")
+    parser.add_argument("--overwrite", action="store_true", help="replace copies that --annotate finds there")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,10 @@ class Predictor:
                 total += self.scorer(clips).float().softmax(1).double().sum(0).cpu()
             self.seconds += time.perf_counter() - begin
             count += len(clips)
+        if not total.isfinite().all():
+            raise UserError(
+                f"the network's scores are not finite in {self.precision}: give --precision fp32, or another checkpoint"
+            )
         return Scored(window.start, window.end, total / count)
 
 
@@ -161,8 +166,10 @@ def run_predict(args: argparse.Namespace) -> int:
         if not 0 < value < math.inf:
             raise UserError(f"{name} {value:g} is not possible: give a number above 0")
     if args.annotate is not None:
-        _check_copies(args.annotate, args.videos)
+        _check_copies(args.annotate, args.videos, overwrite=args.overwrite)
     predictor = Predictor.open(args.checkpoint, args.views, args.batch, args.precision)
+    if args.annotate is not None:
+        _make(args.annotate)
     begin, seconds, failed = time.perf_counter(), 0.0, 0
     for video in args.videos:
         prediction = _predict(predictor, video, args, every)
@@ -236,15 +243,20 @@ def _json(video: Path, prediction: Prediction, classes: Sequence[str], k: int) -
     return json.dumps(tree)
 
 
-def _check_copies(folder: Path, videos: Sequence[Path]) -> None:
-    """UserError before anything is computed: the folder cannot be made, or a copy would replace a file."""
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--annotate {folder} cannot be made a folder ({error.strerror}): give another") from None
+
+
+def _check_copies(folder: Path, videos: Sequence[Path], *, overwrite: bool) -> None:
+    """UserError before anything is computed: a copy would replace another, or a file that is to stay."""
     copies: dict[Path, Path] = {}
     for video in videos:
         copy = folder / f"{video.stem}.mp4"
         other = copies.setdefault(copy, video)
-        if other != video or copy.exists():
-            raise UserError(f"{copy} would be written for {video}, but it is {other if other != video else 'there'}")
+        if other != video:
+            raise UserError(f"{copy} would be written for {video} and for {other}: predict them one after the other")
+        if copy.exists() and (not overwrite or copy.resolve() == video.resolve()):
+            raise UserError(f"{copy} is there: give --overwrite to replace such copies, or another folder")

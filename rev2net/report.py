@@ -19,18 +19,14 @@ import yaml
 
 from dataloaders.errors import UserError
 from dataloaders.official import SPLIT_NUMBERS
-from rev2net.config import Config, load_config
+from rev2net.config import WITHOUT_EFFECT, Config, load_config
 from rev2net.store import TESTS, Run, Store
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Tables and configurations; they lie beside the package in a checkout."""
 
-FREE = (
-    *("output", "data.path", "data.split", "loader.", "tracking.", "profile.", "eval.batch"),
-    *("train.seed", "train.threads", "train.log_every", "train.eval_every", "train.checkpoint_every"),
-    *("train.keep_checkpoints", "train.hang_minutes"),
-)
-"""Beginnings of keys that may differ from a cell's configuration: places, repetitions, what no result depends on."""
+FREE = (*WITHOUT_EFFECT, "output", "data.path", "data.split", "train.seed")
+"""Beginnings of keys that may differ from a cell's configuration."""
 
 PATHS = ("init_from", "model.imagenet", "target.path")
 """Keys that hold a path on some machine: only whether there is one is compared."""
@@ -306,13 +302,18 @@ def _of_training(result: Result) -> list[str]:
 
 
 def _newest(trainings: Sequence[Result]) -> list[Result]:
-    """Of two good trainings of one cell, seed and split the newer one stands for both."""
-    newest = {(r.cell, r.seed, r.split): r.run.id for r in trainings if r.why_not is None}
+    """Of good trainings of one cell, seed and split the newest counts, of those as configured if there is one."""
+    good = [r for r in trainings if r.why_not is None]
+    as_configured = sorted(good, key=lambda r: not _of_training(r))  # stable: in the order of time otherwise
+    chosen = {(r.cell, r.seed, r.split): r for r in as_configured}
     made = []
     for result in trainings:
-        other = newest.get((result.cell, result.seed, result.split), result.run.id)
-        hidden = result.why_not is None and other != result.run.id
-        made.append(replace(result, why_not=f"{other} is a newer one") if hidden else result)
+        other = chosen.get((result.cell, result.seed, result.split), result)
+        if result.why_not is None and other is not result:
+            better = "is as configured" if _of_training(result) and not _of_training(other) else "is a newer one"
+            made.append(replace(result, why_not=f"{other.run.id} {better}"))
+        else:
+            made.append(result)
     return made
 
 
@@ -376,6 +377,6 @@ def _choose(results: Sequence[Result], views: str) -> tuple[Result, ...]:
     return tuple(made)
 
 
-def _rank(result: Result, views: str) -> tuple[bool, bool]:
-    """Numbers under the configured views come first, then those of tests of their own."""
-    return result.views == views, result.is_test
+def _rank(result: Result, views: str) -> tuple[bool, bool, bool]:
+    """Weights as configured come first, then numbers under the configured views, then those of tests of their own."""
+    return not _of_training(result), result.views == views, result.is_test

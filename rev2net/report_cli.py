@@ -42,8 +42,8 @@ def run_report(args: argparse.Namespace) -> int:
     store_uri = args.store or default_store()
     database(store_uri)
     out: Path | None = args.out
-    if out is not None and out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: give a folder, which is made if need be")
+    if out is not None and (file := next((p for p in (out, *out.parents) if p.exists() and not p.is_dir()), None)):
+        raise UserError(f"--out {out} cannot be a folder, since {file} is a file: give one, which is made if need be")
     from dataloaders.shards import write_atomically
     from rev2net import report_page
     from rev2net.report import read_report

@@ -32,10 +32,10 @@ from dataloaders.errors import UserError
 from dataloaders.locks import lock
 from dataloaders.shards import write_atomically
 from rev2net import pictures
-from rev2net.config import Config, config_from_tree
+from rev2net.config import WITHOUT_EFFECT, Config, config_from_tree
 from rev2net.data import open_data
 from rev2net.distributed import join, read_ranks
-from rev2net.grid import Point, Result, Search, Stage, best, rows, table
+from rev2net.grid import Point, Result, Search, Stage, rows, table
 from rev2net.tracking import Tracker, tracking_uri
 from rev2net.train import NonFiniteLossError, train
 
@@ -132,26 +132,27 @@ class _Folder:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._point: Point = ()
         self._waiting: str | None = None
+        self._journal = self._folder / "journal.log"
         with lock(self._folder / "sweep"):
+            self._study = _open_journal(self._journal)
             self._check_config()
-            self._study = _open_journal(self._folder / "journal.log")
             self._check_search()
             self._parent = self._publish()
 
     def _check_config(self) -> None:
         file = self._folder / "config.yaml"
-        if not file.exists():
+        if not self._study.trials or not file.exists():  # before its first result a sweep may still become another
             write_atomically(file, self._config.yaml().encode())
             return
         mine, theirs = self._config.flat(), config_from_tree(yaml.safe_load(file.read_text())).flat()
         for key in mine:
-            if mine[key] != theirs.get(key):
+            if not key.startswith(WITHOUT_EFFECT) and mine[key] != theirs.get(key):
                 self._refuse(f"{key}={theirs.get(key)}", f"{key}={mine[key]}")
 
     def _check_search(self) -> None:
         mine = json.loads(json.dumps(asdict(self._search)))
         theirs = self._study.user_attrs.get("search")
-        if theirs is None:
+        if theirs is None or not self._study.trials:
             self._study.set_user_attr("search", mine)
         elif theirs != mine:
             self._refuse(*("the full product" if tree["full"] else "one weight at a time" for tree in (theirs, mine)))
@@ -215,6 +216,7 @@ class _Folder:
             user_attrs={"failure": result.failure} if failed else {},
         )
         with lock(self._folder / "sweep"):
+            _cut_torn_line(self._journal)  # of another process, whose disk was full
             self._study.add_trial(trial)
             self._publish()
         shutil.rmtree(self._folder / self._search.name(self._point) / "checkpoints", ignore_errors=True)
@@ -257,7 +259,7 @@ class _Folder:
         }
         ended = [point for point in results if results[point].failure is None]
         if ended:
-            winner = best(ended, results)
+            winner = search.winner(results)
             values = {"top1": results[winner].top1, "cross_entropy": results[winner].cross_entropy}
             values |= dict(zip(search.weights, winner, strict=True))
             tracker.metrics({f"best/{name}": value for name, value in values.items()}, len(results))
@@ -278,7 +280,7 @@ class _Folder:
         failures = [results[point].failure for point in stages[-1].points]
         if None not in failures:
             raise RuntimeError(f"all runs of the stage {stages[-1].name} failed, the first: {failures[0]}")
-        winner = best([point for stage in stages for point in stage.points], results)
+        winner = self._search.winner(results)
         return SweepResult(
             table=table(rows(self._search, results)),
             winner=self._search.overrides(winner),
@@ -287,15 +289,19 @@ class _Folder:
         )
 
 
+def _cut_torn_line(file: Path) -> None:
+    """Take the end away that a full disk or a crash has torn: the next line would be spoilt by it."""
+    data = file.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with file.open("r+b") as torn:
+            torn.truncate(whole)
+
+
 def _open_journal(file: Path) -> optuna.Study:
-    """Open it, without a line that a full disk or a crash has torn, which would spoil the next one."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if file.exists():
-        data = file.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with file.open("r+b") as torn:
-                torn.truncate(whole)
+        _cut_torn_line(file)
     return optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(file))),
         study_name="sweep",

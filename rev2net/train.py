@@ -23,7 +23,7 @@ from dataloaders.keyed import hash64
 from dataloaders.loader import EvalLoader
 from dataloaders.shards import DataSet, write_atomically
 from rev2net import checkpoint, pictures, snapshot
-from rev2net.config import Config, to_steps
+from rev2net.config import PLACES, WITHOUT_EFFECT, Config, config_from_tree, to_steps
 from rev2net.data import counts, eval_loader, open_data, open_target, train_loader
 from rev2net.distributed import Ranks, join, limit_collectives, read_ranks
 from rev2net.engine import Engine, build_engine, conv3d_warning, micro_batches, settle_precision
@@ -122,7 +122,7 @@ class TrainingRun:
     """Everything that the loop drives: data, engine, schedule, log, tracker, and the step it stands at."""
 
     def __init__(self, config: Config, stop_requested: Callable[[], bool] = lambda: False) -> None:
-        self.config = config
+        self.config = asked = config
         self._stop_requested = stop_requested
         self.ranks: Ranks = read_ranks()
         self.accumulation = micro_batches(config, self.ranks)
@@ -171,7 +171,7 @@ class TrainingRun:
             on_hang=lambda _: self.tracker.fail(),
         )
         self.profile = Profile(config.profile.steps if self.ranks.first else None, Path(config.output))
-        self.log_file = _open_folder(config) if self.ranks.first else logging.NullHandler()
+        self.log_file = _open_folder(asked) if self.ranks.first else logging.NullHandler()
         self._announce(resumed)
 
     def _start_engine(self, resumed: Path | None) -> tuple[Engine, checkpoint.RunState | None]:
@@ -190,6 +190,8 @@ class TrainingRun:
                 "choose another output= or use init_from="
             )
         self._refuse_another(state.config, resumed)
+        if state.step >= self.total:
+            self._refuse_other_weights(state.config, resumed)
         checkpoint.load_weights(network, resumed)
         if state.world_size == self.ranks.world_size:
             snapshot.restore_buffers(network, checkpoint.read_tensors(resumed, "buffers"), self.ranks)
@@ -207,6 +209,26 @@ class TrainingRun:
                 raise UserError(
                     f"{resumed} was trained with {name}={was}, not {now}: choose another output=, or set {name}={was} "
                     "to go on"
+                )
+
+    def _refuse_other_weights(self, before: Mapping[str, Any], resumed: Path) -> None:
+        """UserError for settings that the weights are not of, where no step is left that would learn them."""
+        was, now = config_from_tree(before).flat(), self.config.flat()
+        sections = (
+            "data.",
+            "augment.",
+            "model.",
+            "loss.",
+            "target.",
+            "optim.",
+            "train.global_batch",
+            "train.micro_batch",
+        )
+        for key in now:
+            if key.startswith(sections) and not key.startswith((*WITHOUT_EFFECT, *PLACES)) and was.get(key) != now[key]:
+                raise UserError(
+                    f"{resumed} is the end of a training with {key}={was.get(key)}, not {now[key]}: choose another "
+                    "output=, or a longer train.duration to go on from it"
                 )
 
     def _facts(self, *, fresh: bool) -> dict[str, str]:
@@ -370,6 +392,7 @@ class TrainingRun:
             world_size=self.ranks.world_size,
             config=self.config.model_dump(mode="json"),
             preparation=self.data.preparation,
+            official=dict(self.data.official or {}),
             updates=self.engine.updates,
             skipped=self.skipped,
             replaced=self.replaced,
@@ -523,7 +546,7 @@ def start_from(network: Network, path: str) -> None:
     Raises:
         UserError: neither of the two, or another architecture.
     """
-    file = Path(path) if checkpoint.is_file_of_weights(path) else checkpoint.find(path) / "weights.safetensors"
+    file = Path(path) if checkpoint.is_file_of_weights(path) else checkpoint.check_weights(checkpoint.find(path))
     report = load_weights(network.encoder, file)
     log.info("starting from %s: %s", path, report)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import Trained
+from tiny import TINY, Trained
 
+from dataloaders.errors import UserError
 from rev2net import checkpoint
 from rev2net.checkpoint import CheckpointWriter, RunState
 from rev2net.cli import main
+from rev2net.config import load_config
 from rev2net.models import I3D
+from rev2net.models.build import build_network
 from rev2net.snapshot import Snapshot
+from rev2net.train import start_from
 
 
 def snapshot(value: float) -> Snapshot:
@@ -88,7 +93,7 @@ def test_show_and_verify(trained: Trained, tmp_path: Path, capsys: pytest.Captur
     assert main(["checkpoint", "show", str(trained.output)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["checkpoint", "step-00000003", "step-00000006"]
-    assert "latest, best" in lines[2] and "ZeRO-1, bf16, adamw" in lines[2] and "%" in lines[2]
+    assert "latest, best" in lines[2] and re.search("ZeRO-1, (bf16|fp32), adamw", lines[2]) and "%" in lines[2]
     assert main(["checkpoint", "show", str(trained.output / "checkpoints" / "best")]) == 0
     assert '"zero_stage": 1' in capsys.readouterr().out
     assert main(["checkpoint", "verify", str(trained.output)]) == 0
@@ -97,6 +102,29 @@ def test_show_and_verify(trained: Trained, tmp_path: Path, capsys: pytest.Captur
     os.truncate(tmp_path / "checkpoints" / "step-00000003" / "weights.safetensors", 1000)
     assert main(["checkpoint", "verify", str(tmp_path)]) == 1
     assert "weights.safetensors has 1000 bytes" in capsys.readouterr().out
+    (tmp_path / "checkpoints" / "step-00000006" / "state.json").write_text("{")
+    assert main(["checkpoint", "show", str(tmp_path)]) == 0
+    assert "step-00000006   cannot be read" in capsys.readouterr().out
+    (tmp_path / "checkpoints" / "step-00000006" / "state.json").unlink()
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.count("step-00000006: FileNotFoundError") == 1
+
+
+def test_damaged_weights_are_refused_by_whoever_wants_them(
+    trained: Trained, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    shutil.copytree(trained.output / "checkpoints", tmp_path / "checkpoints")
+    weights = checkpoint.find(tmp_path) / "weights.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\xff\xff\xff\xff")  # not a number
+    for command in (["predict", str(tmp_path), "x.mp4"], ["export", str(tmp_path), str(tmp_path / "x.onnx")]):
+        assert "does not have the hash that it was written with" in refused(*command)
+    words = ["checkpoint", "export-weights", str(tmp_path), str(tmp_path / "x.pt")]
+    assert "is damaged" in refused(*words) and "is damaged" in refused(*words, "--all")
+    with pytest.raises(UserError, match="is damaged"):
+        start_from(build_network(load_config("configs/demo.yaml", TINY), 8), str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])

@@ -21,7 +21,7 @@ from dataloaders.batch import ClipBatch
 from dataloaders.errors import UserError
 from rev2net import pictures
 from rev2net.distributed import Ranks
-from rev2net.evaluate import Metrics, Scores, decoder_errors, merge, metrics, score
+from rev2net.evaluate import Metrics, Scores, decoder_errors, fuse, merge, metrics, score
 from rev2net.models import I3D, Rev2Net
 from rev2net.progress import Profile, StepLog, duration
 
@@ -142,6 +142,21 @@ def test_p2_ranks_together_score_what_one_rank_scores(world: int) -> None:
     assert np.array_equal(together.confusion, expected.confusion)
     assert replace(together, confusion=expected.confusion) == expected
     assert together.videos == 12
+
+
+def test_two_streams_count_alike_whatever_their_views_and_a_failure_in_one_is_a_failure() -> None:
+    rgb = table({0: (0, ranking(1, 0)), 1: (2, ranking(2)), 2: (3, ranking(3))})
+    flow = table({0: (0, ranking(0, 1)), 1: (2, ranking(2)), 2: (3, ranking(3))})
+    flow.add(batch([0], [0], 4), torch.tensor([ranking(0)]))  # its second view: 1.0, and 0.45 in the mean
+    rgb.fail(1, 2, "broken")
+    for one, other in ((rgb, flow), (flow, rgb)):
+        fused = fuse(one, other)
+        samples, means, labels = fused.means()
+        assert (samples.tolist(), labels.tolist()) == ([0, 2], [0, 3])
+        np.testing.assert_allclose(means[0, :2], [(0.9 + 1.0) / 2, (1.0 + 0.45) / 2], atol=1e-6)
+        found = metrics(fused, CLASSES)
+        assert (found.top1, found.videos, list(found.failed)) == (2 / 3, 3, [1])
+    assert metrics(rgb, CLASSES).top1 == 1 / 3  # neither stream alone
 
 
 def test_p2_a_video_on_two_ranks_is_a_bug() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from dataloaders.transcode import PrepareSettings
 from dataloaders.video import VideoSource
 from dataloaders.windows import windows
 from rev2net import checkpoint, export
+from rev2net.annotate import annotate
 from rev2net.config import Config, config_from_tree
 from rev2net.data import eval_loader
 from rev2net.distributed import read_ranks
 from rev2net.evaluate import score
 from rev2net.models.build import build_encoder
-from rev2net.predict import Predictor
+from rev2net.predict import Predictor, Scored
 
 SETTINGS = PrepareSettings(codec="vp9", fps=Fraction(10), short_side=128)
 
@@ -239,8 +241,34 @@ def test_long_videos_are_told_in_windows_and_copied_with_them(trained: Trained, 
     for before, after in zip(*frames, strict=True):
         difference = np.abs(before.astype(int) - after)
         assert difference[:10, :40].mean() > 30 > 3 * difference[64:].mean()
-    run("rev2net", "predict", str(trained.output), *words, expect=2)  # it does not replace a file
+    again = run("rev2net", "predict", str(trained.output), *words, expect=2)  # it does not replace a file
+    assert "whole.mp4 is there: give --overwrite" in again.stderr
     assert [path.name for path in out.iterdir()] == ["whole.mp4"]
+    (out / "whole.mp4").write_bytes(b"old")
+    run("rev2net", "predict", str(trained.output), *words, "--overwrite", "--views", "1x1")
+    assert len(list(decoded(out / "whole.mp4"))) == 120
+
+
+def test_a_copy_shows_each_window_s_own_classes(clips: Path, tmp_path: Path) -> None:
+    scores = torch.eye(2, dtype=torch.float64)
+    told = [Scored(0.0, 2.0, scores[0]), Scored(2.0, 4.8, scores[1])]
+    copies = [tmp_path / f"{name}.mp4" for name in ("first", "second", "both")]
+    for copy, windows_of_it in zip(copies, ([told[0]], [replace(told[1], start=0.0)], told), strict=True):
+        annotate(clips / "whole.mp4", copy, windows_of_it, ["iiii", "MMMMMMMM"])
+    first, second, both = (np.stack([frame[:24, :64] for frame in decoded(copy)]).astype(int) for copy in copies)
+    boundary = 50  # of 25 frames a second
+    near, far = (np.abs(both - other).mean(axis=(1, 2)) for other in (first, second))
+    assert (near[:boundary] < far[:boundary]).all() and (near[boundary:] > far[boundary:]).all()
+
+
+def test_scores_that_are_not_finite_are_no_prediction(trained: Trained, clips: Path, tmp_path: Path) -> None:
+    predictor = Predictor.open(str(trained.output), "1x1", 1)
+    predictor.scorer = lambda clip: torch.full((len(clip), 8), torch.nan)
+    with VideoSource(clips / "whole.mp4", threads=1) as source:
+        window = next(windows(source, SETTINGS, key="a", seconds=1e18, every=1e18))
+        with pytest.raises(UserError, match="scores are not finite"):
+            predictor.score(window)
+    assert window.end == pytest.approx(4.8, abs=0.15)  # the whole of it, at the data set's rate
 
 
 def decoded(path: Path) -> Iterator[Any]:

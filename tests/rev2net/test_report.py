@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import yaml
 from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow_server import MlflowServer
 from tiny import TINY
 
+from rev2net import checkpoint
 from rev2net.cli import main
 from rev2net.config import load_config
 from rev2net.report import CONFIGS, DATA, Cell, Report, read_report
@@ -244,6 +246,21 @@ def test_of_two_trainings_of_one_seed_and_split_the_newer_counts(runs: Runs) -> 
     runs.training("kinetics400/tsm-rgb", 0.1, status="FAILED")
     assert runs.cell("kinetics400/tsm-rgb").value == 0.6
     assert runs.why_not(old, "kinetics400/tsm-rgb") == f"{new} is a newer one"
+
+
+def test_a_trial_does_not_take_the_place_of_a_run_as_configured(runs: Runs) -> None:
+    faithful = runs.training("kinetics400/tsm-rgb", 0.7)
+    trial = runs.training("kinetics400/tsm-rgb", 0.1, words=["train.duration=10steps"])
+    last = runs.training("kinetics400/tsm-rgb", 0.2, words=["train.duration=10steps"])
+    cell = runs.cell("kinetics400/tsm-rgb")
+    assert [r.run.id for r in cell.counted] == [faithful] and cell.value == 0.7 and not cell.deviates
+    for run_id in (trial, last):
+        assert runs.why_not(run_id, "kinetics400/tsm-rgb") == f"{faithful} is as configured"
+    pair = ("ucf101-imagenet/rev2net", "ucf101-imagenet/i3d-flow")
+    streams = [runs.training(name) for name in pair]
+    tested = runs.test(*streams, top1=0.9)
+    runs.training(pair[0], words=["train.duration=10steps"])
+    assert [r.run.id for r in runs.cell(*pair).counted] == [tested]
 
 
 def test_a_test_under_the_configuration_s_views_takes_the_training_s_place(runs: Runs) -> None:
@@ -500,3 +517,44 @@ def test_only_the_protocol_s_tests_are_kept(
     shutil.copytree(streams[0], tmp_path / "away")
     assert "there is no MLflow store at" in refused("eval", str(tmp_path / "away"), str(tiny_data), *views)
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_test_that_mlflow_does_not_take_is_written_all_the_same(
+    streams: list[Path],
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def away(*_: object) -> str:
+        raise MlflowException("the server is away\nfor long")
+
+    monkeypatch.setattr("rev2net.evaluation_log.EvaluationLog.write", away)
+    scores = tmp_path / "scores.json"
+    words = ["eval", str(streams[0]), str(tiny_data), "--views", "1x1", "--json", str(scores), "--log"]
+    assert main(words) == 1
+    assert json.loads(scores.read_text())["videos"] == 8
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "failed: " in line]
+    assert "the test is not kept in MLflow at sqlite:///" in sentence and "(the server is away)" in sentence
+
+
+def test_p12_another_official_split_holds_clips_that_the_network_has_learned_from(
+    streams: list[Path],
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
+) -> None:
+    def marked(path: Path, official: dict[str, object], name: str) -> None:
+        tree = json.loads((path / name).read_text())
+        (path / name).write_text(json.dumps({**tree, "official": official}))
+
+    shutil.copytree(streams[0], tmp_path / "run")
+    shutil.copytree(tiny_data, tmp_path / "data")
+    marked(checkpoint.find(tmp_path / "run"), {"lists": "ucf101", "split": 1}, "state.json")
+    words = ("eval", str(tmp_path / "run"), str(tmp_path / "data"), "--views", "1x1")
+    marked(tmp_path / "data", {"lists": "ucf101", "split": 2}, "dataset.json")
+    assert "trained on the official split 1, and" in refused(*words)
+    for other in ({"lists": "hmdb51", "split": 2}, {"lists": "ucf101", "split": 1}):
+        marked(tmp_path / "data", other, "dataset.json")
+        assert main(list(words)) == 0

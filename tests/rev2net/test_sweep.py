@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from dataloaders.sources import SourceClip, shuffled
 from rev2net.cli import main
 from rev2net.config import Config, load_config
 from rev2net.grid import FINE, Point, Result, Search, rows, sweep_config, table
-from rev2net.sweep import SweepResult, sweep
+from rev2net.sweep import SweepResult, _Folder, sweep
 from rev2net.train import train
 
 DEMO = str(ROOT / "configs" / "demo.yaml")
@@ -95,6 +96,13 @@ def test_equal_accuracies_are_told_apart_by_cross_entropy_and_failures_lose() ->
     assert [row["alpha"] for row in found if "failed: NaN" in row["note"]] == ["10"]
     worst = follow(search(), lambda point: Result(failure="NaN"))
     assert [stage.name for stage in search().stages(worst)] == ["coarse alpha"]
+
+
+def test_of_equals_the_first_on_the_grid_wins_whoever_ended_first() -> None:
+    one = search(weights=("alpha",), start=(0.01,))
+    results = {(value,): Result(top1=0.5, cross_entropy=1.0) for value in reversed(one.coarse)}
+    assert one.winner(results) == (0.0,)
+    assert {row["alpha"] for row in rows(one, results) if row["note"].startswith("best")} == {"0"}
 
 
 def test_only_weights_that_act_are_searched() -> None:
@@ -271,7 +279,10 @@ def test_winner_and_whole_grid_are_in_mlflow(undisturbed: tuple[Path, SweepResul
     client = MlflowClient(f"sqlite:///{folder.parent / 'mlflow.db'}")
     assert {"grid.csv", "grid.png"} <= {file.path for file in client.list_artifacts(parent.info.run_id)}
     grid = Path(client.download_artifacts(parent.info.run_id, "grid.csv")).read_text().splitlines()
-    assert len(grid) == 1 + 4 + 1 and sum("best" in line for line in grid) == 2  # in the fine grid again
+    assert len(grid) == 1 + 4 + 1
+    winner = [word.split("=")[1] for word in ended.winner]
+    marked = [line for line in grid if line.split(",")[1:3] == winner]  # in both grids, unless a weight of it is 0
+    assert marked and marked == [line for line in grid if "best" in line]
     assert not [*folder.glob("*/checkpoints")]
 
 
@@ -325,10 +336,37 @@ def test_a_finished_sweep_prints_its_table_again_and_other_settings_are_refused(
         f"loss.lambda_flow={chosen.loss.lambda_flow:g}",
         f"loss.lambda_im={chosen.loss.lambda_im:g}",
     ] == ended.winner
-    assert (chosen.output, chosen.data.holdout) == (str(output), 0.0)
+    assert (chosen.output, chosen.data.holdout) == (f"{output}-winner", 0.0)  # in `output` there may be another run
     assert "holds a sweep with train.seed=0, not train.seed=1" in refused(*same, "train.seed=1")
-    assert "holds a sweep with the full product, not one weight at a time" in refused(*same)
+    for without_effect in ([], ["loader.workers=3", "train.log_every=7"]):
+        assert "holds a sweep with the full product, not one weight at a time" in refused(*same, *without_effect)
     assert starts(folder) == before
+
+
+def test_a_mistake_before_the_first_result_can_be_mended(
+    data: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    words_of_it = ["sweep", DEMO, *words(data, f"{tmp_path}/run/"), "init_from=nowhere"]  # with a shell's slash
+    assert "there is no checkpoint at nowhere" in refused(*words_of_it)
+    config, search = configuration(data, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name != "mlartifacts"] == ["run-sweep"]
+    asked = iter([False, True])
+    assert sweep(config, search, stop_requested=lambda: next(asked)) is None
+    assert load_config(tmp_path / "run-sweep" / "config.yaml").init_from is None
+
+
+def test_a_line_torn_by_another_process_spoils_no_result(tmp_path: Path) -> None:
+    config, grids = configuration(tmp_path, tmp_path / "run")
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"enabled": False})})
+    folder = _Folder(config, grids)
+    for top1 in (0.2, 0.3):
+        with ExitStack() as held, (tmp_path / "run-sweep" / "journal.log").open("a") as journal:
+            assert folder.claim(held)[0]
+            journal.write('{"op_code": 4, "torn')  # another process's last words on a full disk
+            journal.flush()
+            folder.add(Result(top1=top1, cross_entropy=1.0))
+    for known in (folder, _Folder(config, grids)):
+        assert [result.top1 for result in known._results().values()] == [0.2, 0.3]
 
 
 def test_a_loss_that_is_not_finite_is_a_failed_cell_and_a_stop_is_gone_on_from(data: Path, tmp_path: Path) -> None:
@@ -354,3 +392,7 @@ def test_a_run_does_not_go_on_as_another_run(data: Path, tmp_path: Path) -> None
     for key, before, now in (("data.holdout", 0.25, 0.5), ("data.split", 1, 2), ("train.seed", 0, 1)):
         with pytest.raises(UserError, match=rf"was trained with {key}={before}, not {now}: choose another output="):
             train(load_config(DEMO, [*words(data, tmp_path / "run"), f"{key}={now}"]))
+    short = [*words(data, tmp_path / "run"), "train.duration=2steps"]  # it has come as far
+    with pytest.raises(UserError, match=r"is the end of a training with loss.lambda_im=0.1, not 10.0: choose another"):
+        train(load_config(DEMO, [*short, "loss.lambda_im=10"]))
+    assert train(load_config(DEMO, [*short, "loader.workers=2"])).step == 2

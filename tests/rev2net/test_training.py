@@ -77,8 +77,9 @@ def test_log_line_holds_everything(trained: Trained) -> None:
 
 def test_run_folder_holds_config_trace_and_whole_checkpoints(trained: Trained) -> None:
     train = yaml.safe_load((trained.output / "config.yaml").read_text())["train"]
-    assert train["zero_stage"] == 1
-    assert train["precision"] == ("bf16" if computes_in_bf16(torch.device("cpu")) else "fp32")  # it was `auto`
+    assert (train["zero_stage"], train["precision"]) == (1, "auto")
+    computed = checkpoint.read_state(checkpoint.find(trained.output)).config["train"]["precision"]
+    assert computed == ("bf16" if computes_in_bf16(torch.device("cpu")) else "fp32")
     assert json.loads((trained.output / "profile.trace.json").read_text())["traceEvents"]
     folder = trained.output / "checkpoints"
     assert (folder / "latest").read_text() == "step-00000006"
