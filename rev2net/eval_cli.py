@@ -229,6 +229,22 @@ def _keep(kept: EvaluationLog, result: Metrics, where: TextIO) -> str | None:
     return None
 
 
+def _check_different(paths: Sequence[str]) -> None:
+    """UserError for two runs of the same official split or, where there are none, of the same data."""
+    from rev2net import checkpoint
+    from rev2net.config import config_from_tree
+    from rev2net.data import open_at
+
+    seen: dict[tuple[int | None, str | None], str] = {}
+    for path in paths:
+        config = config_from_tree(checkpoint.read_state(checkpoint.find(path)).config)
+        data = open_at(config.data.path, config)
+        which = (config.data.split, None) if data.official else (None, data.fingerprint())
+        if which in seen:
+            raise UserError(f"{seen[which]} and {path} are tested on the same split: give one run for each split")
+        seen[which] = path
+
+
 def run_splits(args: argparse.Namespace) -> int:
     """`rev2net splits`."""
     from rev2net.data import open_at
@@ -238,19 +254,14 @@ def run_splits(args: argparse.Namespace) -> int:
         raise UserError(
             f"{len(args.checkpoints)} checkpoints cannot be fused with {len(seconds)}: give --fuse one for each split"
         )
+    _check_different(args.checkpoints)
     ranks = _ranks()
     top1: list[float] = []
     unkept: str | None = None
-    tested: dict[tuple[object, object], str] = {}
     for paths in zip(args.checkpoints, seconds, strict=True):
         streams = [_Stream.load(path, args, ranks) for path in paths if path is not None]
         config = streams[0].config
         data, split = open_at(config.data.path, config), config.data.val_split
-        # One of the official splits, or, where there are none, one data set.
-        which = (config.data.split, None) if data.official else (None, data.fingerprint())
-        if which in tested:
-            raise UserError(f"{tested[which]} and {paths[0]} are tested on the same split: give one run for each split")
-        tested[which] = paths[0]
         kept = _open_log(streams, data, split) if args.log else None
         result = _test(streams, data, split, ranks)
         top1.append(result.top1)

@@ -258,5 +258,7 @@ def _check_copies(folder: Path, videos: Sequence[Path], *, overwrite: bool) -> N
         other = copies.setdefault(copy, video)
         if other != video:
             raise UserError(f"{copy} would be written for {video} and for {other}: predict them one after the other")
-        if copy.exists() and (not overwrite or copy.resolve() == video.resolve()):
+        if copy.resolve() == video.resolve():
+            raise UserError(f"--annotate {folder} is where {video} lies, which its copy would replace: give another")
+        if copy.exists() and not overwrite:
             raise UserError(f"{copy} is there: give --overwrite to replace such copies, or another folder")

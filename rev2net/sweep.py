@@ -134,14 +134,19 @@ class _Folder:
         self._waiting: str | None = None
         self._journal = self._folder / "journal.log"
         with lock(self._folder / "sweep"):
-            self._study = _open_journal(self._journal)
             self._check_config()
+            self._study = _open_journal(self._journal)
             self._check_search()
             self._parent = self._publish()
 
+    @property
+    def _begun(self) -> bool:
+        """Whether a run of it has been started; before that it may still become another sweep."""
+        return any(self._folder.glob("*/config.yaml"))
+
     def _check_config(self) -> None:
         file = self._folder / "config.yaml"
-        if not self._study.trials or not file.exists():  # before its first result a sweep may still become another
+        if not self._begun or not file.exists():
             write_atomically(file, self._config.yaml().encode())
             return
         mine, theirs = self._config.flat(), config_from_tree(yaml.safe_load(file.read_text())).flat()
@@ -152,7 +157,7 @@ class _Folder:
     def _check_search(self) -> None:
         mine = json.loads(json.dumps(asdict(self._search)))
         theirs = self._study.user_attrs.get("search")
-        if theirs is None or not self._study.trials:
+        if theirs is None or not self._begun:
             self._study.set_user_attr("search", mine)
         elif theirs != mine:
             self._refuse(*("the full product" if tree["full"] else "one weight at a time" for tree in (theirs, mine)))

@@ -225,7 +225,8 @@ class TrainingRun:
             "train.micro_batch",
         )
         for key in now:
-            if key.startswith(sections) and not key.startswith((*WITHOUT_EFFECT, *PLACES)) and was.get(key) != now[key]:
+            free = key.startswith((*WITHOUT_EFFECT, *PLACES)) or key.endswith(".val_split")
+            if key.startswith(sections) and not free and was.get(key) != now[key]:
                 raise UserError(
                     f"{resumed} is the end of a training with {key}={was.get(key)}, not {now[key]}: choose another "
                     "output=, or a longer train.duration to go on from it"

@@ -343,9 +343,7 @@ def test_a_finished_sweep_prints_its_table_again_and_other_settings_are_refused(
     assert starts(folder) == before
 
 
-def test_a_mistake_before_the_first_result_can_be_mended(
-    data: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
+def test_a_mistake_before_the_first_run_can_be_mended(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     words_of_it = ["sweep", DEMO, *words(data, f"{tmp_path}/run/"), "init_from=nowhere"]  # with a shell's slash
     assert "there is no checkpoint at nowhere" in refused(*words_of_it)
     config, search = configuration(data, tmp_path / "run")
