@@ -370,7 +370,8 @@ def test_p12_user_mistakes_are_one_sentence(
     assert "checkpoint" in refused("eval", str(tmp_path), str(tiny_data))
     assert "--batch 0 is not possible" in refused("eval", str(trained.output), str(tiny_data), "--batch", "0")
     assert "neither .png nor" in refused("eval", str(trained.output), str(tiny_data), "--confusion", "x.foo")
-    assert "is in no folder" in refused("eval", str(trained.output), str(tiny_data), "--json", str(tmp_path / "a/b"))
+    for nowhere in (tmp_path / "a/b", tmp_path):
+        assert "is a folder, or in none" in refused("eval", str(trained.output), str(tiny_data), "--json", str(nowhere))
     assert "set train.zero_stage" in refused(*demo, "train.deepspeed={zero_optimization: {stage: 2}}")
     assert "whole" in refused("eval", str(trained.output), str(tiny_data), "--views", "many")
     assert "train" in refused("eval", str(trained.output), str(tiny_data), "--split", "test")
