@@ -20,7 +20,7 @@ HURT := $(addprefix tests/chaos/,test_kills.py test_faults.py test_elastic.py) t
 .PHONY: help setup demo test check bench accuracy systems claims chaos test-gpu clean
 
 help:
-	@echo "make demo      generated clips (or VIDEOS=folder) -> shards -> training on two processes -> MLflow; 5 minutes"
+	@echo "make demo      generated clips (or VIDEOS=folder) -> shards -> training on two processes -> MLflow; 5 to 10 minutes"
 	@echo "make setup     .venv with everything in it (the others do it by themselves)"
 	@echo "make test      the test suite"
 	@echo "make check     ruff and mypy"

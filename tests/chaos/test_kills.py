@@ -15,7 +15,7 @@ Record = Callable[[str, str, str], None]
 STEPS = ("train.duration=8steps", "train.checkpoint_every=3steps")  # an epoch is two steps: 3 lies inside of one
 # All 16 combinations are resumed in test_training.py::test_p4_p5_...; these are killed.
 SHORT: tuple[str, ...] = ()
-"""The configuration as it is: ZeRO-1, AdamW, bf16."""
+"""The configuration as it is: ZeRO-1, AdamW."""
 
 CASES = [
     SHORT,
@@ -51,7 +51,7 @@ def test_p4_after_kill_9_of_all_ranks_the_losses_and_weights_are_the_undisturbed
     run.finish()
     assert run.resumed_from() == 3
     assert run.equals(undisturbed(*STEPS, *case))
-    words = "ZeRO-" + (", ".join(word.partition("=")[2] for word in case[:3]) or "1, adamw, bf16")
+    words = "ZeRO-" + (", ".join(word.partition("=")[2] for word in case[:3]) or "1, adamw")
     record(
         f"kill -9 of all ranks ({words})",
         f"the same command goes on from step 3 in the same run; {ready:.0f} s to the checkpoint, {first:.0f} s to the "
