@@ -79,13 +79,13 @@ def _show(args: argparse.Namespace) -> int:
     print(f"{'checkpoint':<16}{'MB':>8}{'ranks':>7}{checkpoint.METRIC:>10}  written under")
     for path in found:
         try:
-            checkpoint.read_state(path)
+            state = checkpoint.read_state(path)
         except UserError:
             if len(found) == 1:
                 raise
             print(f"{path.name:<16}cannot be read: see `rev2net checkpoint verify`")
             continue
-        state, values = checkpoint.read_state(path), checkpoint.read_evaluation(path)
+        values = checkpoint.read_evaluation(path)
         size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         accuracy = "-" if values is None else f"{values[checkpoint.METRIC]:.1%}"
         train, optim = state.config["train"], state.config["optim"]

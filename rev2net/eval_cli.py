@@ -229,22 +229,6 @@ def _keep(kept: EvaluationLog, result: Metrics, where: TextIO) -> str | None:
     return None
 
 
-def _check_different(paths: Sequence[str]) -> None:
-    """UserError for two runs of the same official split or, where there are none, of the same data."""
-    from rev2net import checkpoint
-    from rev2net.config import config_from_tree
-    from rev2net.data import open_at
-
-    seen: dict[tuple[int | None, str | None], str] = {}
-    for path in paths:
-        config = config_from_tree(checkpoint.read_state(checkpoint.find(path)).config)
-        data = open_at(config.data.path, config)
-        which = (config.data.split, None) if data.official else (None, data.fingerprint())
-        if which in seen:
-            raise UserError(f"{seen[which]} and {path} are tested on the same split: give one run for each split")
-        seen[which] = path
-
-
 def run_splits(args: argparse.Namespace) -> int:
     """`rev2net splits`."""
     from rev2net.data import open_at
@@ -254,19 +238,28 @@ def run_splits(args: argparse.Namespace) -> int:
         raise UserError(
             f"{len(args.checkpoints)} checkpoints cannot be fused with {len(seconds)}: give --fuse one for each split"
         )
-    _check_different(args.checkpoints)
     ranks = _ranks()
-    top1: list[float] = []
-    unkept: str | None = None
+    tests: dict[object, tuple[str, list[_Stream], DataSet]] = {}
     for paths in zip(args.checkpoints, seconds, strict=True):
         streams = [_Stream.load(path, args, ranks) for path in paths if path is not None]
         config = streams[0].config
-        data, split = open_at(config.data.path, config), config.data.val_split
+        data = open_at(config.data.path, config)
+        # An official split or, where there are none, a data set; two of one are no mean over splits.
+        which = config.data.split if data.official else data.fingerprint()
+        if which in tests:
+            raise UserError(
+                f"{tests[which][0]} and {paths[0]} are tested on the same split: give one run for each split"
+            )
+        tests[which] = paths[0], streams, data
+    top1: list[float] = []
+    unkept: str | None = None
+    for path, streams, data in tests.values():
+        split = streams[0].config.data.val_split
         kept = _open_log(streams, data, split) if args.log else None
         result = _test(streams, data, split, ranks)
         top1.append(result.top1)
         if ranks.first:
-            print(f"{paths[0]:<40} {config.data.path:<30} top1 {result.top1:>7.1%} of {result.videos} videos")
+            print(f"{path:<40} {data.location:<30} top1 {result.top1:>7.1%} of {result.videos} videos")
             if kept is not None:
                 unkept = _keep(kept, result, sys.stdout) or unkept
     if ranks.first:

@@ -19,7 +19,7 @@ import yaml
 
 from dataloaders.errors import UserError
 from dataloaders.official import SPLIT_NUMBERS
-from rev2net.config import WITHOUT_EFFECT, Config, load_config
+from rev2net.config import PLACES, WITHOUT_EFFECT, Config, load_config
 from rev2net.store import TESTS, Run, Store
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -27,9 +27,6 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 FREE = (*WITHOUT_EFFECT, "output", "data.path", "data.split", "train.seed")
 """Beginnings of keys that may differ from a cell's configuration."""
-
-PATHS = ("init_from", "model.imagenet", "target.path")
-"""Keys that hold a path on some machine: only whether there is one is compared."""
 
 DATA = {
     "ucf101-1": ("ucf101", "101"),
@@ -272,7 +269,8 @@ def _other_data(run: Run, config: Config) -> Iterator[str]:
 
 
 def _comparable(key: str, value: str) -> str:
-    return "a path" if key in PATHS and value != "None" else value[:500]
+    # Of a path on some machine only whether there is one.
+    return "a path" if key in PLACES and value != "None" else value[:500]
 
 
 def _with_starts(trainings: Sequence[Result], starts: Mapping[str, str | None]) -> list[Result]:

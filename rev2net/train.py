@@ -23,7 +23,7 @@ from dataloaders.keyed import hash64
 from dataloaders.loader import EvalLoader
 from dataloaders.shards import DataSet, write_atomically
 from rev2net import checkpoint, pictures, snapshot
-from rev2net.config import PLACES, WITHOUT_EFFECT, Config, config_from_tree, to_steps
+from rev2net.config import PLACES, Config, config_from_tree, to_steps
 from rev2net.data import counts, eval_loader, open_data, open_target, train_loader
 from rev2net.distributed import Ranks, join, limit_collectives, read_ranks
 from rev2net.engine import Engine, build_engine, conv3d_warning, micro_batches, settle_precision
@@ -214,7 +214,7 @@ class TrainingRun:
     def _refuse_other_weights(self, before: Mapping[str, Any], resumed: Path) -> None:
         """UserError for settings that the weights are not of, where no step is left that would learn them."""
         was, now = config_from_tree(before).flat(), self.config.flat()
-        sections = (
+        learned = (
             "data.",
             "augment.",
             "model.",
@@ -225,8 +225,9 @@ class TrainingRun:
             "train.micro_batch",
         )
         for key in now:
-            free = key.startswith((*WITHOUT_EFFECT, *PLACES)) or key.endswith(".val_split")
-            if key.startswith(sections) and not free and was.get(key) != now[key]:
+            if not key.startswith(learned) or key in PLACES or key.endswith(".val_split"):
+                continue
+            if was.get(key) != now[key]:
                 raise UserError(
                     f"{resumed} is the end of a training with {key}={was.get(key)}, not {now[key]}: choose another "
                     "output=, or a longer train.duration to go on from it"

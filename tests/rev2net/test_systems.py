@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,6 +166,7 @@ def test_two_streams_are_fused(
     tiny_data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     refused: Callable[..., str],
 ) -> None:
     rgb, flow = runs["kinetics400/tsm-rgb"], runs["kinetics400/i3d-flow"]
@@ -175,6 +177,17 @@ def test_two_streams_are_fused(
     assert re.search(r"mean of 1 splits: top1 [\d.]+%\n", capsys.readouterr().out)
     again = refused("splits", str(rgb), str(rgb), "--fuse", str(flow), str(flow), *views)
     assert f"{rgb} and {rgb} are tested on the same split" in again
+    shutil.copytree(tiny_data, tmp_path / "data")
+    with (tmp_path / "data" / "dataset.json").open("a") as manifest:
+        manifest.write("\n")  # another hash: another data set
+    shutil.copytree(rgb, tmp_path / "second")
+    second = checkpoint.find(tmp_path / "second") / "state.json"
+    second.write_text(second.read_text().replace(f'"path": "{tiny_data}"', f'"path": "{tmp_path}/data"', 1))
+    with monkeypatch.context() as patch:  # what two networks of two steps reach may be equal
+        reached = iter((0.5, 0.75))
+        patch.setattr("rev2net.eval_cli._test", lambda *_: SimpleNamespace(top1=next(reached), videos=8))
+        assert main(["splits", str(rgb), str(tmp_path / "second"), *views]) == 0
+    assert capsys.readouterr().out.endswith("mean of 2 splits: top1 62.5% +- 17.7%\n")
     assert "give --fuse one for each split" in refused("splits", str(rgb), str(rgb), "--fuse", str(flow))
     shutil.copytree(flow, tmp_path / "other")
     state = checkpoint.find(tmp_path / "other") / "state.json"
