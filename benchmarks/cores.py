@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from queue import SimpleQueue
+from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def _pin(cores: Any) -> None:
-    os.sched_setaffinity(0, {cores.get()})
+def _pin(cores: SimpleQueue[int]) -> None:
+    os.sched_setaffinity(0, {cores.get()})  # of this thread alone
 
 
 def each_on_a_core(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """The results as they come, begun in the order of `items`; what `work` raises ends it when the others that run end.
 
-    The processes that `work` starts stay on its core.
+    The processes that `work` starts stay on its core. In threads, so that a signal that ends this process begins
+    no further item.
     """
-    context = multiprocessing.get_context("spawn")
-    cores = context.SimpleQueue()
+    cores: SimpleQueue[int] = SimpleQueue()
     mine = sorted(os.sched_getaffinity(0))
     for core in mine:
         cores.put(core)
-    with ProcessPoolExecutor(len(mine), context, _pin, (cores,)) as pool:
+    with ThreadPoolExecutor(len(mine), initializer=_pin, initargs=(cores,)) as pool:
         try:
             for ended in as_completed([pool.submit(work, item) for item in items]):
                 yield ended.result()
