@@ -280,7 +280,7 @@ def compared(named: Iterable[tuple[str, Sequence[float]]]) -> list[str]:
 def verdict(paired: Sequence[float]) -> str:
     """What paired differences say."""
     if len(paired) < 6:
-        return f"{len(paired)} pairs, which is too few to say"
+        return f"{len(paired)} {'pair' if len(paired) == 1 else 'pairs'}, which is too few to say"
     if abs(mean(paired)) <= 2 * stdev(paired) / len(paired) ** 0.5:
         return "no difference beyond two standard errors"
     return f"{'ahead' if mean(paired) > 0 else 'behind'}, by more than two standard errors"
