@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -30,7 +32,8 @@ log = logging.getLogger(__name__)
 STALL_SECONDS = 60.0
 """A batch that takes longer than this is spoken of, and again each time it has taken as long."""
 
-_MAX_OPEN_SHARDS = 256
+_MIN_OPEN_SHARDS, _MAX_OPEN_SHARDS = 8, 256
+"""Of one lane, however many there are."""
 _MAX_OPEN_ENTRIES = 100_000
 """About 15 MB of index lines. Small shards are many and cheap to open again, large ones are few."""
 
@@ -42,6 +45,7 @@ class Lane:
         self.backend = backend
         self._readers: OrderedDict[Path, ShardReader] = OrderedDict()
         self._entries = 0
+        _lanes.add(self)
 
     def reader(self, shard: ShardInfo) -> ShardReader:
         """The shard's reader; those used longest ago are closed. Errors of `ShardInfo.open`."""
@@ -55,7 +59,8 @@ class Lane:
             self._readers[shard.path] = reader
             self._entries += len(reader)
         self._readers.move_to_end(shard.path)
-        while len(self._readers) > 1 and (len(self._readers) > _MAX_OPEN_SHARDS or self._entries > _MAX_OPEN_ENTRIES):
+        most = _max_open_shards()
+        while len(self._readers) > 1 and (len(self._readers) > most or self._entries > _MAX_OPEN_ENTRIES):
             self._close_reader(next(iter(self._readers)))
         return reader
 
@@ -69,6 +74,23 @@ class Lane:
         self.backend.close()
         for path in list(self._readers):
             self._close_reader(path)
+        _lanes.discard(self)
+
+
+_lanes: WeakSet[Lane] = WeakSet()
+"""All of this process that are not closed, whatever loader has made them."""
+
+
+def _max_open_shards() -> int:
+    """How many shards one lane may hold open: all lanes together take half of the files that the process may open.
+
+    That limit (`ulimit -n`, often 1024) is not raised: child processes would inherit it, and whatever calls select()
+    breaks on descriptors above 1023. A shard that was closed is cheap to open again.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return _MAX_OPEN_SHARDS
+    return min(_MAX_OPEN_SHARDS, max(_MIN_OPEN_SHARDS, files // 2 // max(1, len(_lanes))))
 
 
 class Ahead(Generic[Task, Result]):

@@ -231,8 +231,13 @@ def _claim(out: Path, identity: Mapping[str, Any]) -> bool:
     for file in (out / MANIFEST, work_settings):
         if not file.is_file():
             continue
-        found = json.loads(file.read_bytes())
-        found = found.get("settings") if file.name == MANIFEST else found
+        try:
+            found = json.loads(file.read_bytes())
+            found = found["settings"] if file.name == MANIFEST else found
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f"{file} is damaged, or of something else; give another folder, or delete that one first"
+            ) from None
         if found == identity:
             return file.name == MANIFEST
         raise UserError(
@@ -378,25 +383,57 @@ def _take_over_all(clips: Sequence[SourceClip], work: Path, reuse: Sequence[Data
 
 def _in_processes(job: partial[BadClip | None], clips: Sequence[SourceClip], workers: int) -> Iterator[BadClip | None]:
     waiting = iter(clips)
+    while True:
+        in_hand: list[SourceClip] = []
+        try:
+            yield from _in_one_pool(job, waiting, workers, in_hand)
+            return
+        except BrokenProcessPool:
+            print(f"a worker process died: its clips are tried again, one by one ({len(in_hand)})", file=sys.stderr)
+        yield from _one_by_one(job, in_hand)
+
+
+def _in_one_pool(
+    job: partial[BadClip | None], waiting: Iterator[SourceClip], workers: int, in_hand: list[SourceClip]
+) -> Iterator[BadClip | None]:
     running: dict[Future[BadClip | None], SourceClip] = {}
     with worker_pool(workers) as pool:
         try:
             while True:
                 for clip in waiting:
+                    in_hand.append(clip)
                     running[pool.submit(job, clip)] = clip
                     if len(running) >= 2 * workers:
                         break
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield future.result()
-                    del running[future]
-        except BrokenProcessPool as error:
-            names = ", ".join(clip.relative for clip in running.values())
-            raise RuntimeError(f"a worker process died; one of these clips killed it: {names}") from error
+                    result = future.result()
+                    in_hand.remove(running.pop(future))
+                    yield result
         finally:
             for future in running:
                 future.cancel()
+
+
+def _one_by_one(job: partial[BadClip | None], clips: Sequence[SourceClip]) -> Iterator[BadClip | None]:
+    """Of clips one of which has killed a process: a clip that does so alone is a bad one."""
+    deaths, waiting = 0, list(clips)
+    while waiting:
+        with worker_pool(1) as pool:
+            while waiting:
+                clip = waiting.pop(0)
+                try:
+                    result = pool.submit(job, clip).result()
+                except BrokenProcessPool:
+                    deaths += 1
+                    if deaths == len(clips) > 1:
+                        raise RuntimeError(
+                            f"worker processes die whatever the clip, the last at {clip.relative}"
+                        ) from None
+                    yield BadClip(file=clip.relative, split=clip.split, reason="a process dies when it reads it")
+                    break
+                yield result
 
 
 def _say_scaling(settings: PrepareSettings) -> None:

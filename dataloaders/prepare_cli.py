@@ -253,6 +253,7 @@ def read_listing(args: argparse.Namespace) -> SourceListing:
 def _listing(args: argparse.Namespace) -> SourceListing:
     source: Path = args.source
     if args.kind == "folder":
+        _refuse_inside(args.out, source)
         return read_folder(source, val_fraction=args.val_fraction, seed=args.seed)
     if args.kind == "ucf101":
         return read_ucf101(source, args.annotations, args.split)
@@ -274,6 +275,12 @@ def _listing(args: argparse.Namespace) -> SourceListing:
     if not root.is_dir():
         raise UserError(f"--root {root} does not exist; give the folder that the lists' paths are relative to")
     return read_lists(lists.items(), root, classes_file=args.classes, val_fraction=args.val_fraction, seed=args.seed)
+
+
+def _refuse_inside(out: Path, source: Path) -> None:
+    """UserError for an OUT that the next run would take for a class of SOURCE."""
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"OUT {out} lies in SOURCE {source}, whose folders are classes; give a folder outside of it")
 
 
 def _tell(report: PrepareReport, listing: SourceListing, args: argparse.Namespace, seconds: float) -> int:

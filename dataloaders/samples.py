@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Iterable
@@ -60,6 +61,10 @@ class Samples:
         info = SampleInfo.from_json(key, parts[INFO_EXTENSION])
         if min(info.num_frames, info.height, info.width) < 1:
             raise DecodeError(key, "its json speaks of a video without frames")
+        for extension, told in info.sha256.items():
+            # A decoder makes pictures of damaged bytes and says nothing, and nothing else would notice.
+            if extension in parts and hashlib.sha256(parts[extension]).hexdigest() != told:
+                raise DecodeError(key, f"its {extension} has changed since it was written (sha256 differs)")
         return info, parts
 
     def fetch(self, place: Location) -> None:

@@ -17,7 +17,7 @@ import platform
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,6 +50,7 @@ class SampleInfo:
         flow_height: height of one flow plane (the flow video is twice as tall); None without flow.
         flow_width: width of the flow video; None without flow.
         source_bytes: size of the source file; None in a data set that was prepared before this was kept.
+        sha256: of the sample's videos, by extension; empty where nobody knows.
     """
 
     key: str
@@ -63,6 +64,7 @@ class SampleInfo:
     flow_height: int | None = None
     flow_width: int | None = None
     source_bytes: int | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_json(cls, key: str, data: bytes) -> SampleInfo:
@@ -81,6 +83,7 @@ class SampleInfo:
                 flow_height=raw["flow_height"],
                 flow_width=raw["flow_width"],
                 source_bytes=raw.get("source_bytes"),
+                sha256=dict(raw.get("sha256", {})),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise DecodeError(key, f"damaged {INFO_EXTENSION}: {error!r}") from error

@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders.errors import UserError
 
 SPLITS = ("train", "val", "test")
-_NO_SPLITS = {"training", "validation", "valid", "validate", "testing"}
-"""What folders of splits are called elsewhere, and hardly any class is."""
+_MEANT = {
+    **{split: split for split in SPLITS},
+    **{"training": "train", "validation": "val", "valid": "val", "validate": "val", "testing": "test"},
+}
+"""What folders of splits are called here and elsewhere, in lower case, and hardly any class is."""
+_SHOWN = 5
+"""Names that a message lists; the rest is counted."""
 # fmt: off
 VIDEO_SUFFIXES = frozenset({
     ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov",
@@ -74,32 +79,30 @@ class SourceListing:
 def read_folder(root: Path, *, val_fraction: float = 0.2, seed: int = 0) -> SourceListing:
     """Clips of `root/CLASS/…` or `root/{train,val,test}/CLASS/…`, classes in alphabetical order.
 
+    Links to folders are followed, into each folder once for a class and into none that the class lies in.
     Without a folder val, `val_fraction` of every class of train goes to the split val: those with the smallest hash
     of (seed, relative path), at least one where a class has two.
 
     Raises:
-        UserError: the folder is missing, holds no video or folders of splits beside others, a class folder is empty, or
-            the fraction is not one.
+        UserError: the folder is missing, holds no video or folders of splits beside others, a video lies in no class
+            folder, a class folder is empty, or the fraction is not one.
     """
     if not 0 <= val_fraction < 1:
         raise UserError(f"the validation share is {val_fraction}; give a number of at least 0 and below 1")
     if not root.is_dir():
         raise UserError(f"source folder {root} does not exist; give a folder that holds a folder per class")
     folders = _subfolders(root)
-    names = {folder.name for folder in folders}
-    has_splits = bool(names) and names <= set(SPLITS)
-    if names & _NO_SPLITS and names <= _NO_SPLITS | set(SPLITS):
-        raise UserError(
-            f"source folder {root} holds {', '.join(sorted(names))}: call folders of splits {', '.join(SPLITS)}"
-        )
+    has_splits = _are_splits(root, [folder.name for folder in folders])
+    _refuse_without_class([root, *folders] if has_splits else [root])
     found: list[tuple[str, str, Path]] = []
     skipped: list[str] = []
     for split_folder in folders if has_splits else [root]:
         split = split_folder.name if has_splits else "train"
         for folder in _subfolders(split_folder):
-            files = [f for f in sorted(folder.rglob("*")) if f.is_file() and not _is_hidden(f.relative_to(folder))]
-            videos = [f for f in files if f.suffix.lower() in VIDEO_SUFFIXES]
-            skipped += [f.relative_to(root).as_posix() for f in files if f.suffix.lower() not in VIDEO_SUFFIXES]
+            own = folder.resolve()
+            files = list(_files(folder, {own, *own.parents}))
+            videos = [f for f in files if _is_video(f)]
+            skipped += [f.relative_to(root).as_posix() for f in files if not _is_video(f)]
             if not videos:
                 raise UserError(f"class folder {folder} holds no video; add videos to it or remove it")
             found += [(split, folder.name, video) for video in videos]
@@ -169,21 +172,70 @@ def read_lists(
     return SourceListing(classes=classes, clips=clips, missing=tuple(missing))
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _are_splits(root: Path, names: Sequence[str]) -> bool:
+    """Whether folders are those of splits, and not of classes; UserError where only some are, or by other names."""
+    meant = {name: _MEANT[name.lower()] for name in names if name.lower() in _MEANT}
+    others = [name for name in names if name not in meant]
+    if meant and others:
+        raise UserError(
+            f"source folder {root} holds {_some(others)} beside {_some(list(meant))}, which is what folders of splits "
+            "are called: leave only those of splits or only those of classes there, and rename a class of such a name"
+        )
+    renamed = [f"{name} to {split}" for name, split in meant.items() if name != split]
+    if renamed:
+        raise UserError(
+            f"source folder {root} holds {', '.join(names)}: call folders of splits {', '.join(SPLITS)} "
+            f"(rename {', '.join(renamed)})"
+        )
+    return bool(meant)
+
+
+def _refuse_without_class(folders: Iterable[Path]) -> None:
+    """UserError for videos beside the class folders: nothing tells what they show."""
+    for folder in folders:
+        names = [
+            f.name for f in sorted(folder.iterdir()) if _is_video(f) and not f.name.startswith(".") and f.is_file()
+        ]
+        if names:
+            raise UserError(
+                f"folder {folder} holds {_some(names)} beside its class folders: move each video into the folder of "
+                "its class, or elsewhere"
+            )
+
+
+def _files(folder: Path, entered: set[Path]) -> Iterator[Path]:
+    """Files below a folder that are not hidden, in alphabetical order; links lead into no folder of `entered`."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            yield path
+        elif path.is_dir() and (real := path.resolve()) not in entered:
+            entered.add(real)
+            yield from _files(path, entered)
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def split_off(clips: Sequence[SourceClip], fraction: float, seed: int) -> tuple[SourceClip, ...]:
-    """Move a share of every class of the split train to val, chosen by the hash of (seed, relative path)."""
+    """Move a share of every class of the split train to val, chosen by the hash of (seed, relative path).
+
+    Train keeps at least one clip of every class; val gets at least one where there are two.
+    """
     by_class: dict[int, list[SourceClip]] = defaultdict(list)
     for clip in clips:
         if clip.split == "train":
             by_class[clip.label].append(clip)
     moved: set[str] = set()
     for members in by_class.values():
-        count = round(len(members) * fraction)
-        if fraction > 0 and len(members) > 1:
-            count = min(max(count, 1), len(members) - 1)
+        count = min(max(round(len(members) * fraction), 1 if fraction > 0 else 0), len(members) - 1)
         ranked = sorted(members, key=lambda clip: _digest(f"{seed}:{clip.relative}"))
         moved.update(clip.relative for clip in ranked[:count])
     return tuple(

@@ -211,13 +211,17 @@ def render(scene: Scene, name: str, *, size: int) -> Frames:
 def write_clip(path: Path, frames: Frames, fps: int) -> None:
     """Encode frames [T, H, W, 3] as H.264 (crf 18, BT.601 limited range) into `path`, whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with av.open(str(aside), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options=ENCODER)
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-    os.replace(aside, path)
+    try:
+        # Without `file:` a path like run:1/clips is an address.
+        with av.open(f"file:{aside}", "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=fps, options=ENCODER)
+            stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(None))
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,7 +247,11 @@ def _claim(out: Path, settings: SynthSettings, counts: dict[str, int]) -> None:
     record = {"format": 1, **asdict(settings), "clips_per_class": counts}
     mark = out / "synth.json"
     if mark.is_file():
-        if json.loads(mark.read_text()) != record:
+        try:
+            found = json.loads(mark.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{mark} is damaged ({error}); choose another folder or delete this one.") from error
+        if found != record:
             raise UserError(f"{out} holds clips generated with other settings; choose another folder or delete it.")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -36,6 +36,9 @@ MINIMUM: dict[Codec, tuple[int, int]] = {"h264": (48, 16), "vp9": (128, 128)}
 MAX_GAP_SECONDS = 60.0
 """A larger step between two timestamps is damage: filling it with copies would take for ever."""
 
+_WHOLE = 0.9
+"""Share of an AVI's frames that must come: its header may count some that no decoder gives, as HMDB51's do by one."""
+
 _SMPTE170M = 6
 """H.273's number of BT.601 (525 lines) as matrix, primaries and transfer curve."""
 
@@ -136,10 +139,18 @@ class VideoSource:
         self.width, self.height = (first.height, width) if sideways else (width, first.height)
 
     def _decode(self, stream: Any) -> Iterator[Any]:
+        end = 0
         try:
-            yield from self._container.decode(stream)
+            for frame in self._container.decode(stream):
+                yield frame
+                # An AVI's timestamps are numbers of frames. Repeated ones, which are not stored, are counted there.
+                end = max(end + 1, (frame.pts or 0) + 1)
         except (av.error.FFmpegError, ValueError) as error:
             raise DecodeError(str(self._path), _reason(error)) from error
+        # FFmpeg is silent about an AVI that was cut off, and reports other files or knows no number of their frames. An
+        # MP4's number says nothing: it counts what an edit list leaves out.
+        if self._container.format.name == "avi" and 0 < end < _WHOLE * stream.frames:
+            raise DecodeError(str(self._path), f"ends after {end} of {stream.frames} frames: it was cut off")
 
     def frames(self, width: int, height: int, fps: Fraction | None) -> Iterator[I420]:
         """All frames at the given size, once; at `fps` by repeating and dropping, or as they are (None).

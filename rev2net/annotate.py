@@ -39,7 +39,7 @@ def annotate(video: Path, out: Path, windows: Sequence[Scored], classes: Sequenc
     with (
         written_aside(out) as aside,
         open_video(video) as source,
-        av.open(str(aside), "w", format="mp4") as container,
+        av.open(f"file:{aside}", "w", format="mp4") as container,  # a path like run:1/a.mp4 is an address without
     ):
         width, height = max(2, source.width // 2 * 2), max(2, source.height // 2 * 2)
         stream = container.add_stream("libx264", rate=source.fps, options={"preset": "veryfast", "crf": "20"})

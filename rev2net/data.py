@@ -95,12 +95,14 @@ def _check_flow(data: DataSet, config: Config, *, learned: bool) -> None:
 def counts(data: DataSet, train_split: str, val_split: str) -> dict[str, str]:
     """What a report of a training says of its data: the manifest's hash as `fingerprint`, the number of `classes`, the
     official `lists` (none, or nothing where that is not known), and of `train` and `val` how many `videos` are used,
-    `missing` and `quarantined`.
+    `missing` and `quarantined`. Nothing of a split that the data set lacks, as it may lack `val` beside data.holdout.
     """
     found = {"fingerprint": data.fingerprint(), "classes": str(len(data.classes))}
     if data.official is not None:
         found["lists"] = str(data.official.get("lists", "none"))
     for name, split in (("train", train_split), ("val", val_split)):
+        if split not in data.splits:
+            continue
         numbers = {"videos": data.num_samples(split), **data.left_out(split)}
         found |= {f"{name}.{kind}": str(number) for kind, number in numbers.items()}
     return found

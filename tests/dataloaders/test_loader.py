@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from dataloaders.lanes import Lane, choose_backend
 from dataloaders.loader import EvalLoader, TrainLoader
 from dataloaders.plan import Augment, ClipShape, Views
 from dataloaders.pyav_backend import PyAVBackend
-from dataloaders.shards import DataSet
+from dataloaders.shards import DataSet, index_path
 
 SHAPE = ClipShape(frames=8, height=32, width=32)
 JITTER = Augment(brightness=0.2, hue=0.1)
@@ -329,6 +331,32 @@ def test_a_lane_closes_the_shards_used_longest_ago(
     monkeypatch.setattr(lanes, "_MAX_OPEN_ENTRIES", 0)
     assert lane.reader(five).read(4) and lane.reader(one).read(0)  # the one in use stays open
     lane.close()
+
+
+def test_all_lanes_together_hold_open_half_of_the_files_that_the_process_may_open(
+    dataset: DataSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = dataset.shards("train")[0]
+    shards = [replace(first, path=tmp_path / f"{i}.tar") for i in range(40)]
+    for shard in shards:
+        shard.path.symlink_to(first.path)
+        index_path(shard.path).symlink_to(index_path(first.path))
+
+    def held() -> int:
+        return sum(Path(file).resolve() == first.path.resolve() for file in Path("/proc/self/fd").iterdir())
+
+    monkeypatch.setattr(lanes, "_lanes", WeakSet())
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (60, 4096))
+    before, (one, two) = held(), [Lane(PyAVBackend(workers=1)) for _ in range(2)]
+    for shard in shards:
+        assert one.reader(shard).read(0) == two.reader(shard).read(0)
+    assert held() - before == 30
+    two.close()
+    for shard in shards:
+        one.reader(shard)
+    assert held() - before == 30
+    one.close()
+    assert held() == before
 
 
 def test_bench_measures_both_backends_beside_their_decoders(

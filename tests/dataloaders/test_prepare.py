@@ -306,6 +306,8 @@ def test_p12_when_every_file_is_bad_nothing_is_left(tmp_path: Path) -> None:
         (["folder", "good", "out", "--max-bad", "2"], "share of bad clips is 2"),
         (["folder", "good", "out", "--val-fraction", "1"], "validation share is 1"),
         (["folder", "good", "good.txt"], "good.txt is a file"),
+        (["folder", "good", "good/a/../out"], "OUT good/a/../out lies in SOURCE good"),
+        (["folder", "good", "good"], "OUT good lies in SOURCE good"),
     ],
 )
 def test_p12_mistakes_are_one_sentence(
@@ -325,7 +327,7 @@ def test_p12_mistakes_are_one_sentence(
     with pytest.raises(UserError, match=message) as caught:
         command(*words)
     assert "\n" not in str(caught.value)
-    assert not Path("out").exists()
+    assert not Path("out").exists() and not Path("good/out").exists()
 
 
 def test_names_and_formats_that_are_seen_in_the_wild(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from dataloaders.errors import UserError
-from dataloaders.sources import SourceClip, read_folder, read_lists, shuffled
+from dataloaders.sources import SourceClip, read_folder, read_lists, shuffled, split_off
 
 
 def test_integer_labels_and_a_classes_file(tmp_path: Path) -> None:
@@ -54,6 +55,48 @@ def test_a_folder_train_alone_gives_its_share_to_val_and_hidden_files_are_no_cli
     (tmp_path / "val" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match="holds training, val: call folders of splits train, val, test"):
         read_folder(tmp_path)
+
+
+def make_files(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("Train/run", "Test/run"), r"holds Test, Train: .* \(rename Test to test, Train to train\)"),
+        (("train/run", "val/run", "extra/run"), "holds extra beside train, val, which is what folders of splits"),
+        (("Validation/run", "jump"), "holds jump beside Validation"),
+    ],
+)
+def test_p12_folders_of_splits_are_not_taken_for_classes(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+    make_files(tmp_path, *(f"{name}/1.mp4" for name in names))
+    with pytest.raises(UserError, match=message):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("stray", ["2.mp4", "val/2.mp4"])
+def test_p12_a_video_beside_the_class_folders_is_refused(tmp_path: Path, stray: str) -> None:
+    make_files(tmp_path, *(("train/a/1.mp4", "val/a/1.mp4") if "/" in stray else ("a/1.mp4",)), stray, "notes.txt")
+    with pytest.raises(UserError, match=rf"folder {(tmp_path / stray).parent} holds 2\.mp4 beside its class folders"):
+        read_folder(tmp_path)
+
+
+def test_linked_folders_are_read_once_and_lead_into_no_circle(tmp_path: Path) -> None:
+    make_files(tmp_path, "elsewhere/deep/2.mp4", "in/a/1.mp4", "in/b/3.mp4")
+    for link, target in (("in/a/linked", "elsewhere"), ("in/a/again", "elsewhere"), ("elsewhere/up", "in")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    clips = read_folder(tmp_path / "in", val_fraction=0).clips
+    assert [clip.relative for clip in clips] == ["a/1.mp4", "a/again/deep/2.mp4", "b/3.mp4"]
+
+
+@pytest.mark.parametrize(("fraction", "val"), [(0.0, {}), (0.01, {1: 1}), (0.9, {1: 2})])
+def test_train_keeps_a_clip_of_every_class(fraction: float, val: dict[int, int]) -> None:
+    clips = [*many_clips(1, 1), *(replace(clip, label=1, relative=f"1/{clip.relative}") for clip in many_clips(1, 3))]
+    parts = split_off(clips, fraction, 0)
+    assert Counter(clip.label for clip in parts if clip.split == "val") == val
 
 
 def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:

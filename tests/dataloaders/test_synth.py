@@ -14,7 +14,7 @@ import pytest
 from dataloaders.errors import UserError
 from dataloaders.flow import tvl1
 from dataloaders.scenes import CLASSES, DOMAINS, MOTIONS, OPPOSITE, TORUS, SynthSettings, draw_scene, state_at, times
-from dataloaders.synth import add_synth_arguments, render, run_synth, synthesise
+from dataloaders.synth import add_synth_arguments, render, run_synth, synthesise, write_clip
 
 SMALL = SynthSettings(size=48, frames=6)
 
@@ -175,6 +175,18 @@ def test_the_command_writes_videos_of_the_asked_form(tmp_path: Path) -> None:
     assert np.abs(stored.astype(int) - rendered).mean() < 8
 
 
+def test_a_clip_s_path_is_no_address_and_nothing_is_left_of_one_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run:1").mkdir()
+    frames = np.zeros((2, 48, 48, 3), np.uint8)
+    write_clip(Path("run:1/clip.mp4"), frames, 25)
+    with pytest.raises(ValueError, match="float32"):
+        write_clip(Path("run:1/bad.mp4"), frames.astype(np.float32), 25)
+    assert [path.name for path in Path("run:1").iterdir()] == ["clip.mp4"]
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -199,6 +211,13 @@ def test_p12_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) ->
     with pytest.raises(UserError, match="something else"):
         synthesise(tmp_path, SMALL, {"train": 1}, workers=1)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\xff", b"[1]", b"no json"])
+def test_p12_a_damaged_or_foreign_record_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "synth.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"(is damaged|other settings).*choose another folder"):
+        synthesise(tmp_path, SMALL, {"train": 1}, workers=1)
 
 
 def test_p12_clips_of_other_settings_are_not_mixed(tmp_path: Path) -> None:

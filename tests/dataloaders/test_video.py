@@ -266,6 +266,37 @@ def test_p8_a_file_that_is_no_video_is_refused_with_a_reason(tmp_path: Path, con
         pictures_of(file, 64, 64, Fraction(25))
 
 
+@pytest.mark.parametrize("fps", [None, Fraction(25)])
+def test_p8_an_avi_that_was_cut_off_is_refused(tmp_path: Path, fps: Fraction | None) -> None:
+    whole = write_video(tmp_path / "whole.avi", moving(40), codec="mpeg4")
+    data = whole.read_bytes()
+    (tmp_path / "cut.avi").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DecodeError, match=r"cut\.avi: ends after \d\d of 40 frames: it was cut off"):
+        pictures_of(tmp_path / "cut.avi", 64, 64, fps)
+    assert len(pictures_of(whole, 64, 64, fps)) == 40
+
+
+def test_frames_that_a_whole_file_counts_and_does_not_show_are_not_missed(tmp_path: Path) -> None:
+    """Repeated frames of an AVI are numbers without data, and an MP4's edit list leaves out what it begins before."""
+    times = [1000 * frame // 25 for frame in range(60) if frame % 3 == 0]
+    gaps = write_video(tmp_path / "gaps.avi", moving(20), codec="mpeg4", times=times)
+    with av.open(str(gaps)) as container:
+        assert container.streams.video[0].frames > 50
+    assert len(pictures_of(gaps, 64, 64, None)) == 20
+    write_video(tmp_path / "long.mp4", moving(40))
+    options = {"avoid_negative_ts": "disabled"}
+    with av.open(str(tmp_path / "long.mp4")) as source, av.open(str(tmp_path / "end.mp4"), "w", options=options) as end:
+        copy = end.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.pts, packet.dts = (stamp - int(1 / packet.time_base) for stamp in (packet.pts, packet.dts))
+                packet.stream = copy
+                end.mux(packet)
+    with av.open(str(tmp_path / "end.mp4")) as container:
+        assert container.streams.video[0].frames == 40
+    assert len(pictures_of(tmp_path / "end.mp4", 64, 64, None)) == 15
+
+
 def test_real_clips_of_every_make_are_read(shared_videos: Path) -> None:
     files = [f for s in ("ucf101", "hmdb51", "kinetics400") for f in (shared_videos / s).rglob("*") if f.is_file()]
     files = [f for f in files if f.suffix in (".avi", ".mp4")]

@@ -27,6 +27,7 @@ from dataloaders.shards import HELD_OUT
 from dataloaders.sources import SourceClip, shuffled
 from rev2net.cli import main
 from rev2net.config import Config, load_config
+from rev2net.data import counts, open_data
 from rev2net.grid import FINE, Point, Result, Search, rows, sweep_config, table
 from rev2net.sweep import SweepResult, _Folder, sweep
 from rev2net.train import train
@@ -177,6 +178,13 @@ def test_p12_nothing_left_to_train_on_is_one_sentence(tmp_path: Path) -> None:
     data = make_dataset(tmp_path, shard_sizes=(1,))
     with pytest.raises(UserError, match=r"data\.holdout=0\.1 of the 1 samples .* leaves none"):
         data.hold_out("train", 0.1)
+
+
+def test_data_without_a_validation_split_can_be_held_out_from_and_counted(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path, shard_sizes=(4,))
+    config = load_config(DEMO, ["model.name=i3d", "loss.ddp=none", f"data.path={tmp_path}", "data.holdout=0.25"])
+    told = counts(open_data(config), config.data.train_split, config.data.val_split)
+    assert told == {"fingerprint": data.fingerprint(), "classes": "3", "train.videos": "3"}
 
 
 def test_the_dry_run_names_the_grids_and_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_data import make_dataset
+
+from dataloaders.errors import DecodeError
+from dataloaders.lanes import Lane
+from dataloaders.order import Location
+from dataloaders.pyav_backend import PyAVBackend
+from dataloaders.samples import Samples
+from dataloaders.shards import ShardReader
+
+
+@pytest.mark.parametrize("extension", ["mp4", "flow.mp4"])
+def test_p8_a_video_that_has_changed_in_its_shard_is_no_clip(extension: str, tmp_path: Path) -> None:
+    """A decoder would make pictures of it without a word."""
+    data = make_dataset(tmp_path, shard_sizes=(2,), flow_size=(32, 48))
+    (shard,) = data.shards("train")
+    with ShardReader(shard.path) as reader:
+        key, whole = reader.key(1), reader.read(1)
+        ((offset, size),) = [entry[1:] for entry in reader.components() if entry[0] == f"{key}.{extension}"]
+    with shard.path.open("r+b") as file:
+        file.seek(offset + size - 20)
+        file.write(bytes([whole[extension][size - 20] ^ 1]))
+    samples = Samples(data, "train", with_flow=True)
+    lane = Lane(PyAVBackend(workers=1))
+    first, second = (Location(sample=i, shard=0, index_in_shard=i, epoch=0) for i in range(2))
+    assert samples.read(lane, first)[0].label == 0
+    with pytest.raises(DecodeError, match=rf"{key}: its {extension} has changed since it was written"):
+        samples.read(lane, second)
+    assert samples.label(lane, second) == 1
+    # What is not wanted is not looked at.
+    other = Samples(data, "train", with_flow=extension == "mp4", with_rgb=extension == "flow.mp4")
+    assert other.read(lane, second)[0].label == 1
+    lane.close()
