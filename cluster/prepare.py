@@ -15,7 +15,7 @@ from submitit.helpers import DelayedSubmission
 from cluster.jobs import Job, new_folder, now, possible_folders, record
 from cluster.site import Site
 from cluster.submit import Placement, sbatch_script, slurm_executor, slurm_refusals, submit_local, wait_local
-from cluster.task import requeue_outside
+from cluster.task import settle_requeue
 from dataloaders.errors import UserError, describe_failure
 from dataloaders.prepare_cli import add_prepare_arguments, run_prepare
 
@@ -30,7 +30,7 @@ class PrepareTask:
 
     def __call__(self) -> None:
         """Raise SystemExit with a user's mistake as one sentence, or with the command's own status."""
-        requeue_outside()
+        settle_requeue()
         parser = argparse.ArgumentParser(prog="rev2net prepare")
         add_prepare_arguments(parser)
         try:

@@ -213,6 +213,6 @@ def _snapshot_exports(folder: Path) -> list[str]:
 
 
 def _requeue_lines(folder: Path) -> list[str]:
-    """The end of a script whose tasks run in a container, where there is no scontrol (see `task.requeue_outside`)."""
+    """The end of a script whose tasks run in a container, where there is no scontrol (see `task.settle_requeue`)."""
     file = f"{shlex.quote(str(folder.absolute() / REQUEUE))}-$SLURM_JOB_ID"
     return ["status=$?", f"if rm {file} 2> /dev/null; then scontrol requeue $SLURM_JOB_ID; fi", "exit $status"]

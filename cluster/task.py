@@ -27,6 +27,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,12 @@ Work = Callable[[StopRequested], bool]
 
 STOPPED = "stopped by SIGTERM: the state is saved, the job does not requeue itself"
 """Last line of rank 0's standard output then."""
+
+PATIENCE_SECONDS = 60.0
+"""For Slurm's controller to answer."""
+
+RETRY_SECONDS = 5.0
+"""Between two questions."""
 
 REQUEUE = "requeue"
 """Start of the name of the file by which a task without scontrol asks the job's script to requeue the job."""
@@ -96,7 +103,7 @@ class Task:
             SystemExit: stopped early, or a user's mistake, which is one sentence on stderr. No result is written
                 then, so that submitit does not take the job for done.
         """
-        requeue_outside()
+        settle_requeue()
         announced = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
         requeue = signal.getsignal(announced)  # submitit's handler, called below when all ranks have saved.
         flag = StopFlag()
@@ -144,10 +151,13 @@ def check_gpus() -> None:
         )
 
 
-def requeue_outside() -> None:
-    """Have the job's script requeue the job where a task cannot: most containers have no scontrol."""
-    if os.environ["SUBMITIT_EXECUTOR"] == "slurm" and shutil.which("scontrol") is None:
-        SlurmJobEnvironment._requeue = _ask_the_script
+def settle_requeue() -> None:
+    """How the job gets back into the queue: by scontrol, or by its script, as most containers have no scontrol.
+
+    submitit asks scontrol once, and a controller that is busy or changes over would end the training for good.
+    """
+    if os.environ["SUBMITIT_EXECUTOR"] == "slurm":
+        SlurmJobEnvironment._requeue = _requeue if shutil.which("scontrol") else _ask_the_script
 
 
 def _preempted() -> bool:
@@ -156,13 +166,36 @@ def _preempted() -> bool:
     """
     if os.environ["SUBMITIT_EXECUTOR"] != "slurm" or shutil.which("scontrol") is None:
         return False
-    words = ("scontrol", "show", "job", os.environ["SLURM_JOB_ID"])
-    try:
-        told = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30).stdout
-    except subprocess.TimeoutExpired:
-        return False
-    facts = dict(re.findall(r"\b(JobState|PreemptTime)=(\S+)", told))
+    facts = dict(re.findall(r"\b(JobState|PreemptTime)=(\S+)", scontrol("show", "job", os.environ["SLURM_JOB_ID"])))
     return facts.get("JobState") == "RUNNING" and facts.get("PreemptTime", "None") not in ("None", "Unknown")
+
+
+def scontrol(*words: str) -> str:
+    """Ask Slurm's controller, again and again for `PATIENCE_SECONDS` where it does not answer; what it says.
+
+    Raises:
+        SystemExit: it did not.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return subprocess.run(("scontrol", *words), capture_output=True, text=True, check=True, timeout=30).stdout
+        except subprocess.CalledProcessError as error:
+            said = error.stderr.strip()
+        except subprocess.TimeoutExpired:
+            said = "no answer"
+        if time.monotonic() > deadline:
+            sys.exit(
+                f"rev2net-cluster: scontrol {' '.join(words)} failed for {PATIENCE_SECONDS:.0f} s ({said}): the state "
+                "is saved, the job does not requeue itself: submit it again if it is not in the queue"
+            )
+        print(f"scontrol {' '.join(words)} failed ({said}), trying again", flush=True)
+        time.sleep(RETRY_SECONDS)
+
+
+def _requeue(environment: Any, countdown: int) -> None:
+    scontrol("requeue", environment.job_id)
+    print(f"requeued job {environment.job_id} ({countdown} remaining timeouts)", flush=True)
 
 
 def _ask_the_script(environment: Any, countdown: int) -> None:

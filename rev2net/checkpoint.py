@@ -115,7 +115,14 @@ class CheckpointWriter:
             kept = {*checkpoints(self.folder)[-keep:], best(self.folder)}
             for old in checkpoints(self.folder):
                 if old not in kept:
-                    shutil.rmtree(old)
+                    _drop(old)
+
+
+def _drop(old: Path) -> None:
+    try:
+        shutil.rmtree(old)
+    except OSError as error:  # protected, open elsewhere on NFS, or gone already: the new checkpoint is whole
+        log.warning("%s, which is no longer needed, could not be removed: %s", old, error)
 
 
 def folder_of(folder: Path, step: int) -> Path:
@@ -163,7 +170,11 @@ def _sync(path: Path) -> None:
 
 
 def damage(checkpoint: Path, *names: str) -> str | None:
-    """What is wrong with a checkpoint's files (size, hash), or with those so named; None if nothing is. Reads them."""
+    """What is wrong with a checkpoint's files (size, hash), or with those so named; None if nothing is. Reads them.
+
+    Raises:
+        OSError: a file is there and cannot be read, which says nothing about what it holds.
+    """
     try:
         files = json.loads((checkpoint / "state.json").read_text())["files"]
         for name in names or files:
@@ -173,7 +184,7 @@ def damage(checkpoint: Path, *names: str) -> str | None:
                 return f"{name} has {size} bytes, {entry['bytes']} were written"
             if file_sha256(checkpoint / name) != entry["sha256"]:
                 return f"{name} does not have the hash that it was written with"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -200,19 +211,31 @@ def recover(folder: Path) -> Path | None:
     """The checkpoint to go on from: the latest that is whole. None where there is none.
 
     What a crash left half written is removed; a damaged checkpoint is told of and put aside as `.damaged-step-*`.
+
+    Raises:
+        OSError: one cannot be read now; it may be whole.
+        UserError: all were damaged. To train from the start is for the user to decide.
     """
     for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
     for partial in folder.glob("*.tmp"):
         partial.unlink()
     while (found := latest(folder)) is not None:
-        wrong = damage(found)
+        try:
+            wrong = damage(found)
+        except OSError as error:
+            raise OSError(f"{found} cannot be read ({error}): run the same command again once it can") from error
         if wrong is None:
             return found
         aside = found.with_name(f".damaged-{found.name}")
         log.warning("%s is damaged (%s): it is put aside as %s", found, wrong, aside.name)
         shutil.rmtree(aside, ignore_errors=True)
         found.rename(aside)
+    if any(folder.glob(".damaged-*")):
+        raise UserError(
+            f"all checkpoints in {folder} were damaged and are put aside: delete that folder to train from the start, "
+            "or choose another output="
+        )
     return None
 
 

@@ -114,7 +114,10 @@ def _verify(args: argparse.Namespace) -> int:
 
     damaged = 0
     for path in _of(args.checkpoint, "step-*"):
-        wrong = checkpoint.damage(path)
+        try:
+            wrong = checkpoint.damage(path)
+        except OSError as error:
+            wrong = f"cannot be read: {error}"
         damaged += wrong is not None
         print(f"{path}: {'ok' if wrong is None else wrong}", flush=True)
     return 1 if damaged else 0

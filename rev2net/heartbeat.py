@@ -106,17 +106,20 @@ class Heartbeat:
             now = time.monotonic()
             if own[0] != self._moves:
                 own = (self._moves, now)
+            sign = self._sign(tick, with_stacks=now - own[1] >= self._patience)
             with contextlib.suppress(OSError):  # a full disk must not end the watch
-                self._show(tick, with_stacks=now - own[1] >= self._patience)
+                write_atomically(self._file(self._ranks.rank), json.dumps(sign).encode())
             for rank, known in enumerate(seen):
-                self._look(rank, known)
+                if rank != self._ranks.rank:
+                    self._look(rank, known)
+            if seen:  # from memory: on a full disk no file says that the training goes on
+                seen[self._ranks.rank] = _Seen(sign, alive=now, progress=own[1])
             if seen and self._hangs(seen) and (self._ranks.first or self._silent(seen[0])):
                 self._end(seen)
 
-    def _show(self, tick: int, *, with_stacks: bool) -> None:
+    def _sign(self, tick: int, *, with_stacks: bool) -> dict[str, Any]:
         sign = {"tick": tick, "place": self._place, "moves": self._moves, "doing": self._doing, "pid": os.getpid()}
-        sign |= {"host": socket.gethostname(), "stacks": stacks(self._main) if with_stacks else ""}
-        write_atomically(self._file(self._ranks.rank), json.dumps(sign).encode())
+        return sign | {"host": socket.gethostname(), "stacks": stacks(self._main) if with_stacks else ""}
 
     def _look(self, rank: int, known: _Seen) -> None:
         try:

@@ -50,7 +50,7 @@ class Outbox:
         data = self._file.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):  # a kill cut the last row off
-            self._file.write_bytes(whole)
+            os.truncate(self._file, len(whole))
         return [_json(line) for line in whole.split(b"\n")[:-1]]
 
     def __len__(self) -> int:

@@ -237,7 +237,7 @@ class _Folder:
         writer.writeheader()
         writer.writerows(found)
         write_atomically(self._folder / "grid.csv", text.getvalue().encode())
-        tracker = Tracker(self._config, active=True, resumed=True)
+        tracker = Tracker(self._config, active=True, resumed=len(results))
         self._tell(tracker, results, stages, finished)
         if finished:
             with tracker:

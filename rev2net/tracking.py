@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from dataloaders.errors import first_line
-from rev2net.config import Config
+from rev2net.config import PLACES, WITHOUT_EFFECT, Config
 from rev2net.outbox import Outbox, Row
 from rev2net.store import CHANGED, make_client
 
@@ -43,13 +43,15 @@ class Tracker:
 
     Without `tracking.uri` and `MLFLOW_TRACKING_URI` the store is `mlflow.db` (SQLite) beside the output folder, so
     that nothing has to be started. A resumed training goes on in the same run, and what it logs of steps that the
-    run has already is dropped. A thread of its own talks to MLflow, from an outbox on disk: a server that is slow or
-    away costs the training nothing, and gets everything later, at the latest when the same command runs again.
+    run has already is dropped, unless its configuration has changed. A thread of its own talks to MLflow, from an
+    outbox on disk: a server that is slow or away costs the training nothing, and gets everything later, at the
+    latest when the same command runs again.
 
     Args:
         config: the experiment.
         active: whether this process is the one that logs.
-        resumed: the training goes on from a checkpoint.
+        resumed: the step that the training goes on from; None for a new one.
+        complete: the training has come to its end before: what is left is delivered, nothing is told anew.
         run_id: the run that the checkpoint was in, where the output folder does not know it.
         facts: parameters that the configuration does not say.
     """
@@ -59,7 +61,8 @@ class Tracker:
         config: Config,
         *,
         active: bool,
-        resumed: bool = False,
+        resumed: int | None = None,
+        complete: bool = False,
         run_id: str | None = None,
         facts: Mapping[str, str] | None = None,
     ) -> None:
@@ -74,23 +77,43 @@ class Tracker:
         self.run_id = run_id
         if not self._active:
             return
-        self._outbox = Outbox(Path(config.output), fresh=not resumed)
+        self._outbox = Outbox(Path(config.output), fresh=resumed is None)
         if self._outbox.run is not None:
             uri, known = self._outbox.run
             self.run_id = known if uri == self.uri else None
         for row in self._outbox.rows:
+            self._forget_after(row.get("anew_after"))
             self._last |= dict.fromkeys(row.get("values", ()), row.get("step", 0))
-        params = {key: value[:500] for key, value in {**config.flat(), **(facts or {})}.items()}
+        if complete:
+            self._tell_the_end()
+        else:
+            self._tell_parameters({**config.flat(), **(facts or {})}, resumed)
+        self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
+        self._thread.start()
+
+    def _tell_the_end(self) -> None:
+        # A kill may have come between the result and the run's status.
+        if self._outbox.rows and self._outbox.rows[-1].get("status") != "FINISHED":
+            self._put({"status": "FINISHED"})
+
+    def _tell_parameters(self, values: Mapping[str, str], resumed: int | None) -> None:
+        params = {key: value[:500] for key, value in values.items()}
         if not self._outbox.rows:
             if self._outbox.forgotten is not None and self._outbox.forgotten[0] == self.uri:
                 self._put({"replaces": self._outbox.forgotten[1]})
             self._put({"params": params})
-            self._put({"text": config.yaml(), "name": "config.yaml"})
-        elif changed := params.items() - self._told().items():
+            self._put({"text": self._config.yaml(), "name": "config.yaml"})
+        elif changed := dict(params.items() - self._told().items()):
             # MLflow's own parameters cannot change.
-            self.tags({CHANGED + key: value for key, value in sorted(changed)})
-        self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
-        self._thread.start()
+            row: dict[str, Any] = {"tags": {CHANGED + key: value for key, value in sorted(changed.items())}}
+            if any(not key.startswith((*WITHOUT_EFFECT, *PLACES)) for key in changed):
+                row["anew_after"] = resumed  # steps that are done again give other values
+                self._forget_after(resumed)
+            self._put(row)
+
+    def _forget_after(self, step: int | None) -> None:
+        if step is not None:
+            self._last = {name: min(last, step) for name, last in self._last.items()}
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log scalars of one step; those that were logged for this step before a resume are dropped."""

@@ -81,7 +81,8 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
         log.info(
             "%s is complete (step %d): nothing to do; choose another output= to train again", config.output, done.step
         )
-        Tracker(config, active=read_ranks().first, resumed=True, run_id=done.run_id).close()  # what is left to deliver
+        first = read_ranks().first
+        Tracker(config, active=first, resumed=done.step, complete=True, run_id=done.run_id).close()
         return done
     run = TrainingRun(config, stop_requested)
     with ExitStack() as stack:
@@ -153,7 +154,7 @@ class TrainingRun:
         self.tracker = Tracker(
             config,
             active=self.ranks.first,
-            resumed=state is not None,
+            resumed=state.step if state else None,
             run_id=state.run_id if state else None,
             facts=self._facts(fresh=state is None),
         )
@@ -202,7 +203,13 @@ class TrainingRun:
 
     def _refuse_another(self, before: Mapping[str, Any], resumed: Path) -> None:
         """UserError for what a run cannot change: it would be another run, or be tested on clips that it knows."""
-        for section, key in (("data", "holdout"), ("data", "split"), ("train", "seed")):
+        for section, key in (
+            ("data", "holdout"),
+            ("data", "split"),
+            ("train", "seed"),
+            ("train", "global_batch"),  # the place in the order of samples and in the schedule is counted in it
+            ("optim", "name"),  # whose state the checkpoint holds
+        ):
             was, now = before[section].get(key, 0.0), getattr(getattr(self.config, section), key)
             if was != now:
                 name = f"{section}.{key}"
@@ -214,16 +221,7 @@ class TrainingRun:
     def _refuse_other_weights(self, before: Mapping[str, Any], resumed: Path) -> None:
         """UserError for settings that the weights are not of, where no step is left that would learn them."""
         was, now = config_from_tree(before).flat(), self.config.flat()
-        learned = (
-            "data.",
-            "augment.",
-            "model.",
-            "loss.",
-            "target.",
-            "optim.",
-            "train.global_batch",
-            "train.micro_batch",
-        )
+        learned = ("data.", "augment.", "model.", "loss.", "target.", "optim.", "train.micro_batch")
         for key in now:
             if not key.startswith(learned) or key in PLACES or key.endswith(".val_split"):
                 continue

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny import wait
 
+from cluster import task
 from cluster.cli import main
 from cluster.doctor import diagnose
 from cluster.doctor_nodes import DoctorTask, _node_rows, _reduce_rows
@@ -219,6 +220,30 @@ def test_p7_sigterm_stops_together_and_does_not_requeue(tmp_path: Path) -> None:
     assert (tmp_path / "stopped-0").read_text() == (tmp_path / "stopped-1").read_text() != ""
     assert "does not requeue" in job.task(0).stdout()
     assert not job.task(0).paths.result_pickle.exists()
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_p7_a_controller_that_is_busy_is_asked_again(
+    answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In place of Slurm's own scontrol one that fails twice, or always, as with a controller that changes over."""
+    stub = tmp_path / "scontrol"
+    stub.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
+        f'if [ $(wc -l < {tmp_path}/asked) -gt {2 if answers else 99} ]; then echo "JobState=RUNNING"; exit; fi\n'
+        'echo "Socket timed out on send/recv operation" >&2; exit 1\n'
+    )
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(task, "RETRY_SECONDS", 0.01)
+    if answers:
+        assert task.scontrol("show", "job", "7") == "JobState=RUNNING\n"
+        assert (tmp_path / "asked").read_text() == 3 * "show job 7\n"
+        assert capsys.readouterr().out.count("scontrol show job 7 failed (Socket timed out") == 2
+    else:
+        monkeypatch.setattr(task, "PATIENCE_SECONDS", 0.1)
+        with pytest.raises(SystemExit, match=r"Socket timed out.*submit it again if it is not in the queue"):
+            task.scontrol("requeue", "7")
 
 
 def start(work: Any, folder: Path, site: Site) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -77,6 +79,36 @@ def test_p6_a_damaged_checkpoint_is_put_aside(how: str, tmp_path: Path, caplog: 
     assert sorted(p.name for p in tmp_path.iterdir()) == [".damaged-step-00000002", "latest", "step-00000001"]
     # The run comes there again.
     assert written(tmp_path, 2) == ["01", "02"] and checkpoint.recover(tmp_path) == newest
+
+
+def test_p6_what_cannot_be_read_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    written(tmp_path, 1, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "file_sha256", fails)  # a storage server that is away
+        with pytest.raises(OSError, match=r"step-00000002 cannot be read .*again once it can"):
+            checkpoint.recover(tmp_path)
+    found = checkpoint.recover(tmp_path)
+    assert found is not None and found.name == "step-00000002"
+
+
+def test_p6_with_all_checkpoints_damaged_nothing_starts_from_scratch(tmp_path: Path) -> None:
+    assert checkpoint.recover(tmp_path) is None
+    written(tmp_path, 1)
+    (checkpoint.find(tmp_path) / "weights.safetensors").unlink()
+    for _ in range(2):
+        with pytest.raises(UserError, match="delete that folder to train from the start"):
+            checkpoint.recover(tmp_path)
+
+
+def test_p6_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    written(tmp_path, 1)
+    monkeypatch.setattr(os, "unlink", Mock(side_effect=PermissionError("protected")))  # tests may be run by root
+    assert written(tmp_path, 2, keep=1) == ["01", "02"] and "could not be removed: protected" in caplog.text
 
 
 def test_p6_what_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:

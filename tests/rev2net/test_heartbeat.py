@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from tiny import run_until_first_ends
+import torch
+from tiny import run_until_first_ends, wait
 
-from rev2net.heartbeat import process_state
+from rev2net import heartbeat
+from rev2net.distributed import Ranks
+from rev2net.heartbeat import Heartbeat, process_state
 
 WORKER = Path(__file__).with_name("heartbeat_worker.py")
 
@@ -34,6 +41,22 @@ def test_p10_a_stopped_process_is_named_with_its_state(tmp_path: Path) -> None:
     status, said, pid = run_two(tmp_path, "stop")
     assert status == 1
     assert f"rank 1 (process {pid} on " in said and "does not run: its state is T (stopped)" in said
+
+
+def test_p10_a_full_disk_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "write_atomically", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+    exits = Mock()
+    monkeypatch.setattr(os, "_exit", exits)
+    told: list[str] = []
+    alone = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    with Heartbeat(alone, tmp_path, 0.5, on_hang=told.append) as heart:
+        heart.first_step_done()
+        for _ in range(40):
+            heart.beat("trains")
+            time.sleep(0.05)
+        assert not told
+        wait("the watch to see that nothing goes on", lambda: told, seconds=20)
+    assert exits.called and "rank 0 (" in told[0] and "trains, it stands at\nthread MainThread" in told[0]
 
 
 def test_a_silent_process_of_another_machine_and_one_that_is_gone() -> None:

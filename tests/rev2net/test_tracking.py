@@ -50,7 +50,7 @@ def test_p11_what_a_server_missed_arrives_once_it_is_back(
     mlflow_server.start()
     monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 60.0)
     # As after a kill behind step 2: step 3 comes again, and is dropped.
-    with Tracker(config, active=True, resumed=True) as tracker:
+    with Tracker(config, active=True, resumed=2) as tracker:
         for step in (3, 4):
             tracker.metrics({"x": step / 2}, step)
     assert history(mlflow_server.uri) == [[(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]]
@@ -58,7 +58,7 @@ def test_p11_what_a_server_missed_arrives_once_it_is_back(
     assert tracker.run_id is not None
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     # Nothing is left, and nothing is sent a second time.
-    Tracker(config, active=True, resumed=True).close()
+    Tracker(config, active=True, resumed=4, complete=True).close()
     assert len(history(mlflow_server.uri)[0]) == 4
 
 
@@ -74,7 +74,7 @@ def test_p11_a_kill_loses_no_entry_and_a_torn_one_is_dropped(tmp_path: Path) -> 
     assert subprocess.run([sys.executable, "-c", code, *words], env=environment()).returncode == -9
     with (tmp_path / "run" / "outbox.jsonl").open("a") as file:
         file.write('{"step": 3, "val')
-    with Tracker(configuration(tmp_path), active=True, resumed=True) as tracker:
+    with Tracker(configuration(tmp_path), active=True, resumed=1) as tracker:
         tracker.metrics({"x": 3.0}, 3)
     assert history(tracker.uri) == [[(1, 1.0), (2, 2.0), (3, 3.0)]]
 
@@ -83,11 +83,11 @@ def test_another_store_or_a_run_that_is_gone_gets_the_whole_history(tmp_path: Pa
     with Tracker(configuration(tmp_path), active=True) as tracker:
         tracker.metrics({"x": 1.0}, 1)
     other = f"sqlite:///{tmp_path}/other.db"
-    with Tracker(configuration(tmp_path, other), active=True, resumed=True, run_id=tracker.run_id) as moved:
+    with Tracker(configuration(tmp_path, other), active=True, resumed=1, run_id=tracker.run_id) as moved:
         moved.metrics({"x": 2.0}, 2)
     assert history(tracker.uri) == [[(1, 1.0)]] and history(other) == [[(1, 1.0), (2, 2.0)]]
     MlflowClient(other).delete_run(moved.run_id)
-    with Tracker(configuration(tmp_path, other), active=True, resumed=True, run_id=moved.run_id) as back:
+    with Tracker(configuration(tmp_path, other), active=True, resumed=2, run_id=moved.run_id) as back:
         back.metrics({"x": 3.0}, 3)
     assert history(other) == [[(1, 1.0), (2, 2.0), (3, 3.0)]]
 
@@ -98,9 +98,9 @@ def test_what_a_resume_changes_in_the_configuration_is_a_tag(tmp_path: Path) -> 
         pass
     longer = load_config("configs/demo.yaml", [f"output={tmp_path}/run", "data.path=nowhere", "train.duration=5steps"])
     for _ in range(2):
-        with Tracker(longer, active=True, resumed=True, facts={"train.steps": "5"}):
+        with Tracker(longer, active=True, resumed=3, facts={"train.steps": "5"}):
             pass
-    Tracker(longer, active=True, resumed=True).close()
+    Tracker(longer, active=True, resumed=5, complete=True).close()
     assert tracker.run_id is not None
     run = MlflowClient(tracker.uri).get_run(tracker.run_id)
     changed = {key: value for key, value in run.data.tags.items() if key.startswith("changed.")}
@@ -108,6 +108,39 @@ def test_what_a_resume_changes_in_the_configuration_is_a_tag(tmp_path: Path) -> 
     assert run.data.params["train.duration"] == "240steps" and run.data.params["train.steps"] == "240"
     rows = (tmp_path / "run" / "outbox.jsonl").read_text().splitlines()
     assert sum('"changed.' in row for row in rows) == 1
+
+
+@pytest.mark.parametrize("words", [["optim.lr=0.5"], ["loader.prefetch=3"]], ids=["other results", "the same"])
+def test_steps_done_again_after_a_change_are_logged_anew(words: list[str], tmp_path: Path) -> None:
+    with Tracker(configuration(tmp_path), active=True) as tracker:
+        for step in (10, 20, 30):
+            tracker.metrics({"x": step / 10, **({"y": 1.0} if step == 30 else {})}, step)
+    changed = load_config("configs/demo.yaml", [f"output={tmp_path}/run", "data.path=nowhere", *words])
+    # From the checkpoint at step 10; killed, and on from step 20 with the same configuration.
+    for resumed, value in ((10, 7.0), (20, 8.0)):
+        with Tracker(changed, active=True, resumed=resumed) as tracker:
+            tracker.metrics({"x": value}, resumed + 10)
+    with Tracker(changed, active=True, resumed=30) as tracker:
+        tracker.metrics({"x": 9.0, "y": 2.0}, 30)
+    anew = words == ["optim.lr=0.5"]
+    redone = [(20, 7.0), (30, 8.0)] if anew else []
+    assert sorted(history(tracker.uri)[0]) == sorted([(10, 1.0), (20, 2.0), (30, 3.0), *redone])
+    assert [value for _, value in history(tracker.uri, "y")[0]] == ([1.0, 2.0] if anew else [1.0])
+
+
+def test_a_complete_training_is_finished_whatever_was_left_of_it(tmp_path: Path) -> None:
+    config = configuration(tmp_path)
+    tracker = Tracker(config, active=True)
+    tracker.metrics({"x": 1.0}, 1)
+    tracker.close()  # killed behind the result, before its status
+    client = MlflowClient(tracker.uri)
+    assert tracker.run_id is not None and client.get_run(tracker.run_id).info.status == "RUNNING"
+    asked = load_config("configs/demo.yaml", [f"output={tmp_path}/run", "data.path=nowhere", "train.precision=fp32"])
+    for _ in range(2):
+        Tracker(asked, active=True, resumed=1, complete=True).close()
+        run = client.get_run(tracker.run_id)
+        assert run.info.status == "FINISHED" and not [key for key in run.data.tags if key.startswith("changed.")]
+    assert len((tmp_path / "run" / "outbox.jsonl").read_text().splitlines()) == 4
 
 
 def test_a_new_training_in_the_same_folder_starts_an_empty_run(tmp_path: Path) -> None:
@@ -169,7 +202,7 @@ def test_an_interrupted_run_is_killed_until_it_goes_on(tmp_path: Path, monkeypat
     with Tracker(configuration(tmp_path), active=True) as tracker:
         tracker.interrupt()
     assert status() == "KILLED"
-    with Tracker(configuration(tmp_path), active=True, resumed=True) as tracker:
+    with Tracker(configuration(tmp_path), active=True, resumed=1) as tracker:
         tracker.metrics({"x": 1.0}, 1)
         tracker.flush()
         assert status() == "RUNNING"
@@ -185,7 +218,7 @@ def test_a_damaged_outbox_costs_what_is_damaged(tmp_path: Path) -> None:
     lines[3] = bytes(len(lines[3]))  # step 2
     file.write_bytes(b"\n".join(lines))
     (tmp_path / "run" / "outbox.json").write_text("{")
-    with Tracker(configuration(tmp_path), active=True, resumed=True) as again:
+    with Tracker(configuration(tmp_path), active=True, resumed=1) as again:
         again.metrics({"x": 4.0}, 4)
     assert sorted(history(tracker.uri)) == [[(1, 1.0), (2, 2.0), (3, 3.0)], [(1, 1.0), (3, 3.0), (4, 4.0)]]
 

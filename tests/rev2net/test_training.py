@@ -365,6 +365,9 @@ def test_p12_user_mistakes_are_one_sentence(
     assert "another architecture" in refused(
         *demo, f"output={trained.output}", "train.duration=9steps", "model.width=0.5"
     )
+    for changed in ("train.global_batch=16", "optim.name=sgd"):
+        said = refused(*demo, f"output={trained.output}", "train.duration=9steps", changed)
+        assert "was trained with" in said and f"not {changed.split('=')[1]}: choose another output=" in said
     assert "sync_bn" in refused(*demo, "model.sync_bn=true")
     assert "use stage 0, 1 or 2" in refused(*demo, "model.compile=true", "train.zero_stage=3")
     assert "checkpoint" in refused("eval", str(tmp_path), str(tiny_data))
