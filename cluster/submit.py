@@ -215,4 +215,5 @@ def _snapshot_exports(folder: Path) -> list[str]:
 def _requeue_lines(folder: Path) -> list[str]:
     """The end of a script whose tasks run in a container, where there is no scontrol (see `task.settle_requeue`)."""
     file = f"{shlex.quote(str(folder.absolute() / REQUEUE))}-$SLURM_JOB_ID"
-    return ["status=$?", f"if rm {file} 2> /dev/null; then scontrol requeue $SLURM_JOB_ID; fi", "exit $status"]
+    again = "for try in 1 2 3 4 5 6 7 8 9 10; do scontrol requeue $SLURM_JOB_ID && break; sleep 5; done"
+    return ["status=$?", f"if rm {file} 2> /dev/null; then {again}; fi", "exit $status"]

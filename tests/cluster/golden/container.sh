@@ -27,5 +27,5 @@ srun --unbuffered --output FOLDER/rev2net-small-TIME/%j_%t_log.out --error FOLDE
 
 # teardown
 status=$?
-if rm FOLDER/rev2net-small-TIME/requeue-$SLURM_JOB_ID 2> /dev/null; then scontrol requeue $SLURM_JOB_ID; fi
+if rm FOLDER/rev2net-small-TIME/requeue-$SLURM_JOB_ID 2> /dev/null; then for try in 1 2 3 4 5 6 7 8 9 10; do scontrol requeue $SLURM_JOB_ID && break; sleep 5; done; fi
 exit $status
