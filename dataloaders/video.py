@@ -7,6 +7,7 @@ after the other, BT.601 limited range (flow: full range, chroma 128).
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -86,6 +87,12 @@ def video_stream(container: Any) -> Any:
     return stream
 
 
+def _nearest(value: Fraction) -> int:
+    # Exact, and halves upwards: of 50 frames a second every other one lies halfway between two of 25, and rounded to
+    # the even one they would go by steps of one and three frames.
+    return math.floor(value + Fraction(1, 2))
+
+
 class VideoSource:
     """A source video, opened and decoded up to its first frame.
 
@@ -155,32 +162,32 @@ class VideoSource:
     def frames(self, width: int, height: int, fps: Fraction | None) -> Iterator[I420]:
         """All frames at the given size, once; at `fps` by repeating and dropping, or as they are (None).
 
-        A frame with timestamp p belongs to output frame round(p * fps); an output frame that gets none
-        repeats the one before, of several the last is taken (as FFmpeg's `fps` filter does).
+        A frame with timestamp p belongs to the output frame nearest to p * fps, halves upwards; an output frame that
+        gets none repeats the one before, of several the last is taken (as FFmpeg's `fps` filter does).
         """
         if fps is None:
             for frame in self._with_first():
                 yield self._convert(frame, width, height)
             return
-        period = float(1 / self.fps)
-        start = last_time = 0.0
+        period = 1 / self.fps
+        start = last_time = Fraction(0)
         slot = -1
         held: I420 | None = None
         for count, frame in enumerate(self._with_first()):
-            time = last_time + period if frame.pts is None else float(frame.pts * frame.time_base)
+            time = last_time + period if frame.pts is None else Fraction(frame.pts * frame.time_base)
             if count == 0:
                 start = last_time = time
             if time - last_time > MAX_GAP_SECONDS:
-                raise DecodeError(str(self._path), f"timestamps jump by {time - last_time:.0f} s")
+                raise DecodeError(str(self._path), f"timestamps jump by {float(time - last_time):.0f} s")
             last_time = max(time, last_time)
-            new_slot = max(slot, round((last_time - start) * float(fps)))
+            new_slot = max(slot, _nearest((last_time - start) * fps))
             if held is not None:
                 for _ in range(new_slot - slot):
                     yield held
             held, slot = self._convert(frame, width, height), new_slot
         assert held is not None, "the first frame is always there"
-        end = round((last_time - start + period) * float(fps))
-        for _ in range(max(1, end - slot)):
+        end = _nearest((last_time - start + period) * fps)
+        for _ in range(max(end - slot, slot == 0)):  # the last may come where no slot is left; the first is shown
             yield held
 
     def _with_first(self) -> Iterator[Any]:
