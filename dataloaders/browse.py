@@ -33,6 +33,7 @@ from dataloaders.shards import (
     SampleInfo,
     ShardReader,
     check_output,
+    written_aside,
 )
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -102,16 +103,11 @@ def write_page(out: Path, title: str, cards: Iterable[dict[str, Any]]) -> None:
     `picture` (a data URL) or `error`, as they are known. Cards are written as they come and never held together.
     """
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("/*SAMPLES*/")
-    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        with aside.open("w", encoding="utf-8") as page:
-            page.write(head.replace("/*TITLE*/", _inside_script(title)))
-            for number, card in enumerate(cards):
-                page.write((",\n" if number else "") + _inside_script(card))
-            page.write(tail)
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(out) as aside, aside.open("w", encoding="utf-8") as page:
+        page.write(head.replace("/*TITLE*/", _inside_script(title)))
+        for number, card in enumerate(cards):
+            page.write((",\n" if number else "") + _inside_script(card))
+        page.write(tail)
 
 
 def _inside_script(value: Any) -> str:

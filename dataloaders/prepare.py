@@ -13,7 +13,7 @@ import json
 import platform
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -382,34 +382,31 @@ def _take_over_all(clips: Sequence[SourceClip], work: Path, reuse: Sequence[Data
 
 
 def _in_processes(job: partial[BadClip | None], clips: Sequence[SourceClip], workers: int) -> Iterator[BadClip | None]:
-    waiting = iter(clips)
-    while True:
-        in_hand: list[SourceClip] = []
+    waiting = deque(clips)
+    while waiting:
+        running: dict[Future[BadClip | None], SourceClip] = {}
         try:
-            yield from _in_one_pool(job, waiting, workers, in_hand)
-            return
+            yield from _in_one_pool(job, waiting, running, workers)
         except BrokenProcessPool:
-            print(f"a worker process died: its clips are tried again, one by one ({len(in_hand)})", file=sys.stderr)
-        yield from _one_by_one(job, in_hand)
+            print(f"a worker process died: its clips are tried again, one by one ({len(running)})", file=sys.stderr)
+            yield from _one_by_one(job, list(running.values()))
 
 
 def _in_one_pool(
-    job: partial[BadClip | None], waiting: Iterator[SourceClip], workers: int, in_hand: list[SourceClip]
+    job: partial[BadClip | None],
+    waiting: deque[SourceClip],
+    running: dict[Future[BadClip | None], SourceClip],
+    workers: int,
 ) -> Iterator[BadClip | None]:
-    running: dict[Future[BadClip | None], SourceClip] = {}
     with worker_pool(workers) as pool:
         try:
-            while True:
-                for clip in waiting:
-                    in_hand.append(clip)
-                    running[pool.submit(job, clip)] = clip
-                    if len(running) >= 2 * workers:
-                        break
-                if not running:
-                    return
+            while waiting or running:
+                while waiting and len(running) < 2 * workers:
+                    future = pool.submit(job, waiting[0])
+                    running[future] = waiting.popleft()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     result = future.result()
-                    in_hand.remove(running.pop(future))
+                    del running[future]
                     yield result
         finally:
             for future in running:
@@ -418,11 +415,11 @@ def _in_one_pool(
 
 def _one_by_one(job: partial[BadClip | None], clips: Sequence[SourceClip]) -> Iterator[BadClip | None]:
     """Of clips one of which has killed a process: a clip that does so alone is a bad one."""
-    deaths, waiting = 0, list(clips)
+    deaths, waiting = 0, deque(clips)
     while waiting:
         with worker_pool(1) as pool:
             while waiting:
-                clip = waiting.pop(0)
+                clip = waiting.popleft()
                 try:
                     result = pool.submit(job, clip).result()
                 except BrokenProcessPool:

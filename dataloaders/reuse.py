@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dataloaders.errors import DecodeError, UserError
-from dataloaders.shards import INFO_EXTENSION, DataSet, SampleInfo, ShardReader
+from dataloaders.shards import INFO_EXTENSION, DataSet, SampleInfo, ShardReader, hashes_of
 from dataloaders.sources import SourceClip
 from dataloaders.transcode import PrepareSettings
 
@@ -69,13 +67,10 @@ def _relabelled(reader: ShardReader, index: int, clip: SourceClip) -> dict[str, 
     """The sample's parts under the clip's label; None where it is not this clip's, or damaged."""
     try:
         parts = reader.read(index)
-        described = parts.pop(INFO_EXTENSION)
-        info = SampleInfo.from_json(clip.key, described)
-        hashes = json.loads(described)["sha256"]
+        info = SampleInfo.from_json(clip.key, parts.pop(INFO_EXTENSION))
     except (DecodeError, KeyError):
         return None
-    whole = hashes == {extension: hashlib.sha256(data).hexdigest() for extension, data in parts.items()}
-    if not whole or (info.source, info.source_bytes) != (clip.relative, clip.path.stat().st_size):
+    if info.sha256 != hashes_of(parts) or (info.source, info.source_bytes) != (clip.relative, clip.path.stat().st_size):
         return None
     relabelled = replace(info, label=clip.label, class_name=clip.class_name)
-    return {**parts, INFO_EXTENSION: relabelled.to_json(hashes)}
+    return {**parts, INFO_EXTENSION: relabelled.to_json()}

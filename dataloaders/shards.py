@@ -88,12 +88,12 @@ class SampleInfo:
         except (ValueError, KeyError, TypeError) as error:
             raise DecodeError(key, f"damaged {INFO_EXTENSION}: {error!r}") from error
 
-    def to_json(self, sha256: Mapping[str, str]) -> bytes:
-        """The bytes of `key.json`; `sha256` maps the extensions of the sample's videos to their hashes."""
+    def to_json(self) -> bytes:
+        """The bytes of `key.json`."""
         raw = asdict(self)
         del raw["key"]
         raw["class"] = raw.pop("class_name")
-        return json.dumps({**raw, "sha256": dict(sha256)}, sort_keys=True).encode()
+        return json.dumps(raw, sort_keys=True).encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -369,7 +369,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """A file beside `path`, with its suffix, that gets its name when the block ends well, and is deleted otherwise."""
-    aside = path.with_name(f".{path.stem}.partial{path.suffix}")
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield aside
         aside.replace(path)
@@ -537,6 +537,11 @@ def index_path(shard: Path) -> Path:
 
 def _index_text(lines: Sequence[str]) -> bytes:
     return (f"{_INDEX_VERSION} {len(lines)}\n" + "".join(f"{line}\n" for line in lines)).encode()
+
+
+def hashes_of(parts: Mapping[str, bytes]) -> dict[str, str]:
+    """`SampleInfo.sha256` of videos, by extension."""
+    return {extension: hashlib.sha256(data).hexdigest() for extension, data in parts.items()}
 
 
 def file_sha256(path: Path) -> str:

@@ -43,6 +43,7 @@ from dataloaders.scenes import (
     state_at,
     times,
 )
+from dataloaders.shards import write_atomically, written_aside
 from dataloaders.workers import worker_pool
 
 __all__ = [
@@ -210,18 +211,13 @@ def render(scene: Scene, name: str, *, size: int) -> Frames:
 
 def write_clip(path: Path, frames: Frames, fps: int) -> None:
     """Encode frames [T, H, W, 3] as H.264 (crf 18, BT.601 limited range) into `path`, whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        # Without `file:` a path like run:1/clips is an address.
-        with av.open(f"file:{aside}", "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=fps, options=ENCODER)
-            stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode(None))
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    # Without `file:` a path like run:1/clips is an address.
+    with written_aside(path) as aside, av.open(f"file:{aside}", "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options=ENCODER)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,9 +253,7 @@ def _claim(out: Path, settings: SynthSettings, counts: dict[str, int]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and holds something else; choose a new or empty folder.")
     out.mkdir(parents=True, exist_ok=True)
-    aside = out / f".synth.json.{os.getpid()}"
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(aside, mark)
+    write_atomically(mark, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def synthesise(out: Path, settings: SynthSettings, counts: dict[str, int], *, workers: int | None = None) -> int:

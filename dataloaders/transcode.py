@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +15,7 @@ import torch
 from dataloaders.errors import DecodeError, UserError
 from dataloaders.flow import encode_flow, tvl1
 from dataloaders.flow.batched import tvl1_batched
-from dataloaders.shards import FLOW_EXTENSION, INFO_EXTENSION, RGB_EXTENSION, SampleInfo
+from dataloaders.shards import FLOW_EXTENSION, INFO_EXTENSION, RGB_EXTENSION, SampleInfo, hashes_of
 from dataloaders.sources import SourceClip
 from dataloaders.video import (
     BLOCK,
@@ -163,9 +162,9 @@ def _transcode(clip: SourceClip, settings: PrepareSettings) -> dict[str, bytes]:
         flow_height=None if flow is None else flow.height,
         flow_width=None if flow is None else flow.width,
         source_bytes=clip.path.stat().st_size,
+        sha256=hashes_of(parts),
     )
-    hashes = {extension: hashlib.sha256(data).hexdigest() for extension, data in parts.items()}
-    return {**parts, INFO_EXTENSION: info.to_json(hashes)}
+    return {**parts, INFO_EXTENSION: info.to_json()}
 
 
 class FlowTrack:

@@ -174,7 +174,7 @@ class VideoSource:
         slot = -1
         held: I420 | None = None
         for count, frame in enumerate(self._with_first()):
-            time = last_time + period if frame.pts is None else Fraction(frame.pts * frame.time_base)
+            time = last_time + period if frame.pts is None else frame.pts * frame.time_base
             if count == 0:
                 start = last_time = time
             if time - last_time > MAX_GAP_SECONDS:

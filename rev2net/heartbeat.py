@@ -109,12 +109,14 @@ class Heartbeat:
             sign = self._sign(tick, with_stacks=now - own[1] >= self._patience)
             with contextlib.suppress(OSError):  # a full disk must not end the watch
                 write_atomically(self._file(self._ranks.rank), json.dumps(sign).encode())
+            if not seen:
+                continue
             for rank, known in enumerate(seen):
                 if rank != self._ranks.rank:
                     self._look(rank, known)
-            if seen:  # from memory: on a full disk no file says that the training goes on
-                seen[self._ranks.rank] = _Seen(sign, alive=now, progress=own[1])
-            if seen and self._hangs(seen) and (self._ranks.first or self._silent(seen[0])):
+            # From memory: on a full disk no file says that the training goes on.
+            seen[self._ranks.rank] = _Seen(sign, alive=now, progress=own[1])
+            if self._hangs(seen) and (self._ranks.first or self._silent(seen[0])):
                 self._end(seen)
 
     def _sign(self, tick: int, *, with_stacks: bool) -> dict[str, Any]:

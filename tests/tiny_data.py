@@ -127,5 +127,6 @@ def _sample(
         width=size[1],
         flow_height=flow_size[0] if flow_size else None,
         flow_width=flow_size[1] if flow_size else None,
+        sha256=hashes,
     )
-    return {**parts, INFO_EXTENSION: info.to_json(hashes)}
+    return {**parts, INFO_EXTENSION: info.to_json()}

@@ -42,7 +42,7 @@ def make(
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
     with ShardWriter(folder / "train-000000.tar") as writer:
         for key in ("a", "b"):
-            writer.write(key, {**parts, "json": info.to_json(hashes)})
+            writer.write(key, {**parts, "json": replace(info, sha256=hashes).to_json()})
     assert writer.entry is not None
     splits = {"train": {"samples": 2, "shards": [asdict(writer.entry)]}}
     write_manifest(
