@@ -8,12 +8,16 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from rev2net.checkpoint import read_state
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+"""Real clips, beside the checkout: `videos`, and in `annotations` a folder with train.txt and val.txt for each set."""
 
 
 class Named(Protocol):
@@ -46,6 +50,24 @@ def real(name: str, data: Path) -> Path:
     """`data`, prepared once from a folder of real clips and its lists."""
     command("rev2net", "prepare", "list", SHARED / "annotations" / name, data, "--root", SHARED / "videos", *_OPTIONS)
     return data
+
+
+def without_absent(runs: Sequence[R], real_set: Callable[[R], str | None]) -> list[R]:
+    """The runs but those of a set of real clips (None: of generated ones) that is not here, which are named."""
+    there = [run for run in runs if (name := real_set(run)) is None or (SHARED / "annotations" / name).is_dir()]
+    if len(there) < len(runs):
+        print(f"{len(runs) - len(there)} runs are left out: their real clips are not in {SHARED}")
+    return there
+
+
+def precision(checkpoint: str) -> str:
+    """What a training computed in: fp32 or bf16."""
+    return str(read_state(Path(checkpoint)).config["train"]["precision"])
+
+
+def by_precision(found: Iterable[dict[str, Any]]) -> str:
+    """How many of the rows' trainings were made in which precision."""
+    return " and ".join(f"{count} in {name}" for name, count in Counter(r["precision"] for r in found).most_common())
 
 
 def logged(output: Path, name: str) -> list[float]:

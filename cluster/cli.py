@@ -26,7 +26,7 @@ _SUBMIT_EXAMPLES = """examples:
 _PREPARE_EXAMPLES = """What follows is what `rev2net prepare` takes, see `rev2net prepare kinetics --help` and so on.
 
 examples:
-  rev2net-cluster prepare kinetics videos data/k400 --annotations train.csv val.csv --tasks 64
+  rev2net-cluster prepare kinetics videos data/kinetics400 --annotations train.csv val.csv --tasks 64
   rev2net-cluster prepare folder videos data --flow-device cuda --tasks 8 --site configs/cluster/example.yaml --dry-run
 """
 _SWEEP_EXAMPLES = """The tasks share the runs of `rev2net sweep`; what a lost task was at, another one goes on with.

@@ -42,7 +42,7 @@ class Location:
 
 
 class GlobalOrder:
-    """The order of DESIGN section 5; a position is found in O(log shards).
+    """The order that the module describes; a position is found in O(log shards).
 
     Args:
         shard_sizes: samples of each shard.

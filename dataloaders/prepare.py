@@ -282,8 +282,8 @@ def _check_missing(listing: SourceListing, max_missing: float) -> None:
     if absent > max_missing * listed:
         raise UserError(
             f"{absent} of {listed} listed clips are not on the disk, the first is {listing.missing[0].relative}; "
-            f"that is more than --max-missing {max_missing:g} allows: find them, or allow more; "
-            "missing.txt in the data set names them all"
+            f"that is more than --max-missing {max_missing:g} allows: find them, or allow more "
+            "(missing.txt in the data set names them all then)"
         )
     empty = sorted({clip.split for clip in listing.missing} - set(listing.splits))
     if empty:

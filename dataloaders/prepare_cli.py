@@ -47,8 +47,8 @@ _SPLIT_HELP = """SOURCE is the folder of the class folders, as they come out of 
 of the split becomes the split val.
 
 examples:
-  rev2net prepare {name} {folder} data/{name} --annotations {lists} --split 1
-  rev2net prepare {name} {folder} data/{name}-2 --annotations {lists} --split 2 --reuse data/{name}
+  rev2net prepare {name} {folder} data/{name}-1 --annotations {lists} --split 1
+  rev2net prepare {name} {folder} data/{name}-2 --annotations {lists} --split 2 --reuse data/{name}-1
   rev2net prepare {name} {folder} data/{name}-16 --annotations {lists} --class-map configs/classes/ucf_hmdb_16.yaml
 """
 
@@ -56,7 +56,7 @@ _KINETICS_HELP = """SOURCE is the folder of the videos, ID.mp4 or ID_000010_0000
 lists are the official csv files of Kinetics-400, -600 or -700 that have labels.
 
 examples:
-  rev2net prepare kinetics videos data/k400 --annotations train.csv val.csv --max-missing 0.1
+  rev2net prepare kinetics videos data/kinetics400 --annotations train.csv val.csv --max-missing 0.2
 """
 
 

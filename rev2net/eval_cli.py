@@ -40,8 +40,8 @@ _SPLITS = """Accuracy of several runs, each on the validation split that it was 
 protocol of UCF101 and HMDB51, whose results are means over three official splits.
 
 examples:
-  rev2net splits runs/ucf101/tsn-rgb-1 runs/ucf101/tsn-rgb-2 runs/ucf101/tsn-rgb-3
-  rev2net splits runs/ucf101/tsn-rgb-{1,2,3} --fuse runs/ucf101/tsn-flow-{1,2,3} --log
+  rev2net splits runs/ucf101-imagenet/tsn-rgb-1 runs/ucf101-imagenet/tsn-rgb-2 runs/ucf101-imagenet/tsn-rgb-3
+  rev2net splits runs/ucf101-imagenet/tsn-rgb-{1,2,3} --fuse runs/ucf101-imagenet/tsn-flow-{1,2,3} --log
 """
 
 

@@ -1,4 +1,4 @@
-"""Nothing hangs silently: every rank shows a sign of life, and one that makes no progress is named (P10).
+"""Nothing hangs silently: every rank shows a sign of life, and one that makes no progress is named.
 
 A thread of each rank writes `heartbeat/rank-00003.json` in the run's folder: how far its training is, what it is
 doing, and, once that has not changed for long, where all of its threads stand. Rank 0 (rank 1 where rank 0 shows no

@@ -26,6 +26,10 @@ def main() -> None:
     page = PAGE.read_text()
     found = re.search(re.escape(BEGIN) + "(.*)" + re.escape(END), page, re.DOTALL)
     assert found is not None, f"{PAGE} has lost its marks"
+    seen = {row["fault"] for row in rows}
+    for fault in re.findall(r"^\| (.*?) \|", found.group(1), re.MULTILINE)[2:]:
+        if fault not in seen:
+            print(f"no longer in the table: {fault}")
     PAGE.write_text(page[: found.start(1)] + table(rows) + page[found.end(1) :])
 
 

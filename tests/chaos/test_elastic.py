@@ -1,4 +1,4 @@
-"""P5: checkpoints of two ranks go on on one, and those of one on four (a short form is in test_training.py)."""
+"""Checkpoints of two ranks go on on one, and those of one on four (a short form is in test_training.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""P6 on disk: what is kept, what is put aside, and the commands that look at checkpoints."""
+"""On disk: what is kept, what is put aside, and the commands that look at checkpoints."""
 
 from __future__ import annotations
 

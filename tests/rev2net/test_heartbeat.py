@@ -1,4 +1,4 @@
-"""P10: the rank that does not go on is named; real processes, of which one is stuck."""
+"""The rank that does not go on is named; real processes, of which one is stuck."""
 
 from __future__ import annotations
 

@@ -259,8 +259,8 @@ def test_p9_a_step_without_a_finite_loss_is_skipped_and_three_in_a_row_end_the_r
         assert stage["resumed"] == [4, 2, [2.0]]
     record(
         "NaN in the clips of one rank, infinite gradients (ZeRO 0, 1, 3)",
-        "the step is skipped on all ranks, rank and clips are named, weights and statistics stay; three in a row end "
-        "the run, with the state before them saved",
+        "the step is skipped on all ranks, of a loss rank and clips are named, weights and statistics stay; three in a "
+        "row end the run, with the state before them saved",
         "the skipped steps",
     )
 
