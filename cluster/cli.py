@@ -58,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status: 0, 2 after a user's mistake, 1 after a failure."""
+    """Run the command line; returns its exit status: 0, 2 after a user's mistake, 1 after a failure, 130 stopped."""
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, RuntimeError) as error:
         print(f"rev2net-cluster failed: {describe_failure(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("rev2net-cluster: interrupted", file=sys.stderr)
+        return 130
 
 
 def _run(argv: list[str]) -> int:
@@ -284,7 +287,15 @@ def _refuse_dry_run_of_local(options: argparse.Namespace) -> None:
 def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
     from cluster.jobs import Job, new_folder, now, possible_folders, record
     from cluster.site import load_site
-    from cluster.submit import Placement, require_slurm, sbatch_script, submit_local, submit_slurm, wait_local
+    from cluster.submit import (
+        Placement,
+        local_gpus,
+        require_slurm,
+        sbatch_script,
+        submit_local,
+        submit_slurm,
+        wait_local,
+    )
     from cluster.task import Task, TrainWork
     from rev2net.config import load_config
 
@@ -311,7 +322,8 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
         if options.executor == "slurm":
             job = submit_slurm(task, placement=placement, site=site, folder=folder, name=name)
         else:
-            job = submit_local(task, placement=placement, site=site, folder=folder)
+            (gpus,) = local_gpus(1, placement=placement, site=site)
+            job = submit_local(task, placement=placement, site=site, folder=folder, gpus=gpus)
         submitted = Job(
             ids=(job.job_id,),
             ranks=placement.tasks,

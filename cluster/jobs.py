@@ -151,8 +151,15 @@ def select(jobs: Sequence[JobFolder], words: Sequence[str], parent: Path) -> lis
     if not words:
         return list(jobs)
     # Slurm's numbers, and those of processes, come round again: the newest counts.
-    named = {key: each for each in jobs for key in (*each.job.ids, *each.job.numbers, each.path.name)}
+    named = {key: each for each in jobs for key in (*each.job.numbers, each.path.name)}
+    tasks = {key: (each, rank * each.job.ranks) for each in jobs for rank, key in enumerate(each.job.ids)}
     for word in words:
+        if word not in named and word in tasks:
+            whole, rank = tasks[word]
+            raise UserError(
+                f"{word} is a task of job {whole.job.id}: give {whole.job.id} for all of them; its log is that of "
+                f"--rank {rank}, and `scancel {word}` ends it alone"
+            )
         if word not in named:
             known = ", ".join(f"{each.job.id} ({each.path.name})" for each in reversed(jobs[-_NAMED:]))
             raise UserError(

@@ -1,7 +1,7 @@
 """How jobs stand, what they write, and how they are ended.
 
 Slurm's accounting (`sacct`) is not everywhere, and `squeue` forgets a job when it has ended: how it ended is told by
-what it left behind, the run's `result.json` or the data set's `dataset.json`, and its log.
+what it left behind: the mark of a job that came to its end, the data set's `dataset.json`, and its log.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from cluster.jobs import CONFIG, JobFolder
-from cluster.task import STOPPED
+from cluster.task import FINISHED, STOPPED
 from dataloaders.errors import UserError
 from dataloaders.shards import MANIFEST
 
@@ -111,7 +111,9 @@ def show_log(job: JobFolder, rank: int, *, stderr: bool, follow: bool) -> None:
                 return
             time.sleep(_POLL_SECONDS)
             if time.monotonic() - asked > _ASK_SECONDS:
-                alive, asked = read_statuses([job])[0].alive, time.monotonic()
+                asked = time.monotonic()
+                with suppress(RuntimeError):  # a controller that is busy is asked again
+                    alive = read_statuses([job])[0].alive
 
 
 def cancel(jobs: Sequence[JobFolder], known: Sequence[JobFolder]) -> None:
@@ -219,7 +221,7 @@ def _is_finished(each: JobFolder) -> bool:
     if each.job.kind == "doctor":
         return (each.path / f"{each.job.id}_0_result.pkl").exists()
     if each.job.kind != "prepare":
-        return (output / "result.json").exists() and _runs_its_configuration(each)
+        return any((each.path / f"{FINISHED}-{name}").exists() for name in each.job.ids)
     return (output / MANIFEST).exists() and (each.path / f"{each.job.ids[-1]}_0_result.pkl").exists()
 
 
@@ -237,8 +239,7 @@ def _progress(each: JobFolder) -> str:
         done = sum((each.path / f"{name}_0_result.pkl").exists() for name in shares)
         return f"{done}/{len(shares)} shares"
     if each.job.kind == "sweep":
-        folders = Path(each.job.output).glob("*/train.log") if _runs_its_configuration(each) else ()
-        return f"{len(list(folders))} runs begun"
+        return f"{len(list(Path(each.job.output).glob('*/train.log')))} runs begun"
     steps = _STEP.findall(_tail(Path(each.job.output) / "train.log")) if _runs_its_configuration(each) else []
     return " ".join(steps[-1]) if steps else ""
 

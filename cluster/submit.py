@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,11 +124,45 @@ def _partitions() -> str:
     return f"; the partitions here are {named}: change `partition` in the site file, or --nodes" if named else ""
 
 
-def submit_local(task: Callable[[], object], *, placement: Placement, site: Site, folder: Path) -> Any:
+def local_gpus(jobs: int, *, placement: Placement, site: Site) -> list[list[int]]:
+    """This machine's GPUs for each of `jobs` jobs at once, of those that CUDA_VISIBLE_DEVICES allows.
+
+    Raises:
+        UserError: they are too few, or named by something else than numbers.
+    """
+    each = placement.gpus_per_node
+    allowed = {**os.environ, **site.env}.get("CUDA_VISIBLE_DEVICES")
+    if not each:
+        return [[] for _ in range(jobs)]
+    if allowed is None:
+        from torch.cuda import device_count
+
+        gpus, known = list(range(device_count())), "this machine has"
+    else:
+        known = f"CUDA_VISIBLE_DEVICES={allowed} allows"
+        try:
+            gpus = [int(word) for word in allowed.split(",") if word.strip()]
+        except ValueError:
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES={allowed} has other names than numbers, which --executor local does not know: "
+                "give the numbers that `nvidia-smi -L` shows"
+            ) from None
+    if len(gpus) < jobs * each:
+        wanted = f"{each} GPUs" if jobs == 1 else f"{jobs} tasks of {each} GPUs"
+        raise UserError(
+            f"{wanted} at once are not possible, {known} {len(gpus)}: ask for fewer, or give --tasks-per-node T to "
+            "train on CPUs"
+        )
+    return [gpus[number * each : (number + 1) * each] for number in range(jobs)]
+
+
+def submit_local(
+    task: Callable[[], object], *, placement: Placement, site: Site, folder: Path, gpus: Sequence[int]
+) -> Any:
     """Start the tasks on this machine in the background and return submitit's job.
 
     Of the site, its time limit and `env` count: `setup` and `container` prepare a node for a process that here runs
-    already.
+    already. `gpus` is one of `local_gpus`.
     """
     assert placement.nodes == 1
     executor = LocalExecutor(folder, max_num_timeout=site.max_timeouts)
@@ -136,6 +170,7 @@ def submit_local(task: Callable[[], object], *, placement: Placement, site: Site
         nodes=1,
         tasks_per_node=placement.tasks_per_node,
         gpus_per_node=placement.gpus_per_node,
+        visible_gpus=gpus,
         timeout_min=site.time_minutes,
         signal_delay_s=site.signal_delay_s,
     )
@@ -214,6 +249,8 @@ def _snapshot_exports(folder: Path) -> list[str]:
 
 def _requeue_lines(folder: Path) -> list[str]:
     """The end of a script whose tasks run in a container, where there is no scontrol (see `task.settle_requeue`)."""
-    file = f"{shlex.quote(str(folder.absolute() / REQUEUE))}-$SLURM_JOB_ID"
-    again = "for try in 1 2 3 4 5 6 7 8 9 10; do scontrol requeue $SLURM_JOB_ID && break; sleep 5; done"
-    return ["status=$?", f"if rm {file} 2> /dev/null; then {again}; fi", "exit $status"]
+    # Of one task of an array SLURM_JOB_ID is the number of the array, which stands for all of them.
+    name = "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}"
+    file = f"{shlex.quote(str(folder.absolute() / REQUEUE))}-$job"
+    again = "for try in 1 2 3 4 5 6 7 8 9 10; do scontrol requeue $job && break; sleep 5; done"
+    return ["status=$?", name, f"if rm {file} 2> /dev/null; then {again}; fi", "exit $status"]

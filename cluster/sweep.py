@@ -10,7 +10,15 @@ from typing import Any, Literal
 
 from cluster.jobs import Job, new_folder, now, possible_folders, record
 from cluster.site import Site
-from cluster.submit import Placement, sbatch_script, slurm_executor, slurm_refusals, submit_local, wait_local
+from cluster.submit import (
+    Placement,
+    local_gpus,
+    sbatch_script,
+    slurm_executor,
+    slurm_refusals,
+    submit_local,
+    wait_local,
+)
 from cluster.task import StopRequested, Task, check_gpus, log_to_stdout
 from rev2net.config import Config
 from rev2net.grid import Search
@@ -63,7 +71,9 @@ class SweepArray:
     def script(self) -> str:
         """The text that `sbatch` gets."""
         folder = next(possible_folders(self.parent, self.name))
-        return sbatch_script(placement=self.placement, site=self.site, folder=folder, name=self.name, array=self.tasks)
+        # submitit makes no array of a single task.
+        array = self.tasks if self.tasks > 1 else None
+        return sbatch_script(placement=self.placement, site=self.site, folder=folder, name=self.name, array=array)
 
     def submit(self) -> tuple[Job, Path]:
         """Submit the array.
@@ -89,11 +99,13 @@ class SweepArray:
         with new_folder(self.parent, self.name, self.work.config.yaml()) as folder:
             task = Task(work=self.work)
             jobs = [
-                submit_local(task, placement=self.placement, site=self.site, folder=folder) for _ in range(self.tasks)
+                submit_local(task, placement=self.placement, site=self.site, folder=folder, gpus=gpus)
+                for gpus in local_gpus(self.tasks, placement=self.placement, site=self.site)
             ]
             self._record("local", jobs, folder)
         failures = [wait_local(job) for job in jobs]
-        return next((failure for failure in failures if failure is not None), None)
+        # The others have done what a task that failed has left.
+        return None if None in failures else failures[0]
 
     def _record(self, executor: Literal["slurm", "local"], jobs: Sequence[Any], folder: Path) -> Job:
         job = Job(

@@ -56,6 +56,9 @@ PATIENCE_SECONDS = 60.0
 RETRY_SECONDS = 5.0
 """Between two questions."""
 
+FINISHED = "finished"
+"""Start of the name of the file by which a job says that its work has come to its end."""
+
 REQUEUE = "requeue"
 """Start of the name of the file by which a task without scontrol asks the job's script to requeue the job."""
 
@@ -117,6 +120,8 @@ class Task:
         except UserError as error:
             sys.exit(f"rev2net-cluster: {error}")
         if finished:
+            if environment.rank == 0:
+                mark(FINISHED)
             return
         if environment.rank != 0:
             sys.exit(0)  # Not an error code: it would make srun kill rank 0 before it has requeued the job.
@@ -160,13 +165,20 @@ def settle_requeue() -> None:
         SlurmJobEnvironment._requeue = _requeue if shutil.which("scontrol") else _ask_the_script
 
 
+def mark(what: str) -> None:
+    """Leave the file WHAT-ID in the job's folder; the id is submitit's."""
+    (Path(os.environ["SUBMITIT_FOLDER"]) / f"{what}-{JobEnvironment().job_id}").touch()
+
+
 def _preempted() -> bool:
     """Whether Slurm takes the nodes from this job, which runs: is neither cancelled nor requeued yet. False where there
     is nobody to ask.
     """
     if os.environ["SUBMITIT_EXECUTOR"] != "slurm" or shutil.which("scontrol") is None:
         return False
-    facts = dict(re.findall(r"\b(JobState|PreemptTime)=(\S+)", scontrol("show", "job", os.environ["SLURM_JOB_ID"])))
+    # Not by SLURM_JOB_ID: of one task of an array it is the number of the array, which stands for all of them.
+    told = scontrol("show", "job", SlurmJobEnvironment().job_id)
+    facts = dict(re.findall(r"\b(JobState|PreemptTime)=(\S+)", told))
     return facts.get("JobState") == "RUNNING" and facts.get("PreemptTime", "None") not in ("None", "Unknown")
 
 
@@ -199,5 +211,5 @@ def _requeue(environment: Any, countdown: int) -> None:
 
 
 def _ask_the_script(environment: Any, countdown: int) -> None:
-    (Path(os.environ["SUBMITIT_FOLDER"]) / f"{REQUEUE}-{environment.raw_job_id}").touch()
+    mark(REQUEUE)
     print(f"asked the job's script to requeue the job ({countdown} remaining timeouts)", flush=True)

@@ -13,7 +13,7 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock beside a path; gives False where it is another's and `wait` is False.
 
     Raises:
-        OSError: ENOSYS, ENOLCK or EOPNOTSUPP on a file system that has no locks.
+        OSError: ENOSYS, ENOLCK or EOPNOTSUPP on a file system that has no locks; it is named.
     """
     with path.with_suffix(".lock").open("ab") as file:
         try:
@@ -21,4 +21,6 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} (no lock on its file system)", str(path.parent)) from None
         yield True

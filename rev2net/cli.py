@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -114,7 +116,7 @@ def ui_command(uri: str) -> str:
     """The one line that opens MLflow's pages on a store."""
     if uri.startswith(("http://", "https://")):
         return f"open {uri} in a browser"
-    return f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
+    return f"mlflow ui --host 127.0.0.1 --backend-store-uri {shlex.quote(uri)}"
 
 
 def is_first() -> bool:
@@ -131,6 +133,8 @@ def _quiet_libraries() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     # What the others print is a result, which may be read by a program.
     stream = sys.stdout if args.command in ("train", "sweep") else sys.stderr
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=stream)

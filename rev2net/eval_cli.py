@@ -128,10 +128,9 @@ class _Stream:
             )
 
 
-def _test(streams: Sequence[_Stream], data: DataSet, split: str, ranks: Ranks, *, backwards: bool = False) -> Metrics:
-    """Accuracy of one stream, or of the mean of two. A collective."""
+def _check(streams: Sequence[_Stream], data: DataSet, split: str) -> None:
+    """UserError where the streams do not fit each other, or the data not them."""
     from rev2net.data import a_difference
-    from rev2net.evaluate import fuse, metrics, split_scores
 
     data.shards(split)
     first, *others = streams
@@ -144,13 +143,19 @@ def _test(streams: Sequence[_Stream], data: DataSet, split: str, ranks: Ranks, *
             )
     for stream in streams:
         stream.check(data)
+
+
+def _test(streams: Sequence[_Stream], data: DataSet, split: str, ranks: Ranks, *, backwards: bool = False) -> Metrics:
+    """Accuracy of one stream, or of the mean of two, which `_check` has seen. A collective."""
+    from rev2net.evaluate import fuse, metrics, split_scores
+
     scores = [
         split_scores(
             s.network, data, split, s.config, ranks, backwards=backwards, watched=_shown if ranks.first else iter
         )
         for s in streams
     ]
-    return metrics(scores[0] if not others else fuse(*scores), len(data.classes))
+    return metrics(fuse(*scores) if len(scores) > 1 else scores[0], len(data.classes))
 
 
 def _shown(loader: EvalLoader) -> Iterator[ClipBatch]:
@@ -190,6 +195,7 @@ def run_eval(args: argparse.Namespace) -> int:
     ranks = _ranks()
     streams = [_Stream.load(path, args, ranks) for path in (args.checkpoint, args.fuse) if path is not None]
     data = open_at(args.data, streams[0].config)
+    _check(streams, data, args.split)
     kept = _open_log(streams, data, args.split) if args.log else None
     result = _test(streams, data, args.split, ranks, backwards=args.backwards)
     if not ranks.first:
@@ -239,7 +245,7 @@ def run_splits(args: argparse.Namespace) -> int:
             f"{len(args.checkpoints)} checkpoints cannot be fused with {len(seconds)}: give --fuse one for each split"
         )
     ranks = _ranks()
-    tests: dict[object, tuple[str, list[_Stream], DataSet]] = {}
+    tests: dict[object, tuple[str, list[_Stream], DataSet, EvaluationLog | None]] = {}
     for paths in zip(args.checkpoints, seconds, strict=True):
         streams = [_Stream.load(path, args, ranks) for path in paths if path is not None]
         config = streams[0].config
@@ -250,13 +256,14 @@ def run_splits(args: argparse.Namespace) -> int:
             raise UserError(
                 f"{tests[which][0]} and {paths[0]} are tested on the same split: give one run for each split"
             )
-        tests[which] = paths[0], streams, data
+        # Of all runs before the first test, which may take hours.
+        _check(streams, data, config.data.val_split)
+        kept = _open_log(streams, data, config.data.val_split) if args.log else None
+        tests[which] = paths[0], streams, data, kept
     top1: list[float] = []
     unkept: str | None = None
-    for path, streams, data in tests.values():
-        split = streams[0].config.data.val_split
-        kept = _open_log(streams, data, split) if args.log else None
-        result = _test(streams, data, split, ranks)
+    for path, streams, data, kept in tests.values():
+        result = _test(streams, data, streams[0].config.data.val_split, ranks)
         top1.append(result.top1)
         if ranks.first:
             print(f"{path:<40} {data.location:<30} top1 {result.top1:>7.1%} of {result.videos} videos")

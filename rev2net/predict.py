@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataloaders.errors import DecodeError, UserError
+from dataloaders.errors import DecodeError, UserError, first_line
 
 if TYPE_CHECKING:  # torch takes seconds, which a mistyped command should not
     import torch
@@ -174,17 +174,17 @@ def run_predict(args: argparse.Namespace) -> int:
     for video in args.videos:
         prediction = _predict(predictor, video, args, every)
         classes = predictor.description.classes
+        unwritten = None
         if args.json:
             print(_json(video, prediction, classes, args.top), flush=True)
         if prediction.windows:
             seconds += prediction.windows[-1].end
             if args.annotate is not None:
-                from rev2net.annotate import annotate
-
-                annotate(video, args.annotate / f"{video.stem}.mp4", prediction.windows, classes)
-        if prediction.damage is not None:
-            failed += 1
-            print(f"rev2net predict: {prediction.damage}", file=sys.stderr, flush=True)
+                unwritten = _annotated(video, args.annotate / f"{video.stem}.mp4", prediction, classes)
+        troubles = [text for text in (prediction.damage, unwritten) if text is not None]
+        failed += bool(troubles)
+        for text in troubles:
+            print(f"rev2net predict: {text}", file=sys.stderr, flush=True)
     spent = time.perf_counter() - begin
     if seconds:
         print(
@@ -193,6 +193,21 @@ def run_predict(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 2 if failed else 0
+
+
+def _annotated(video: Path, copy: Path, prediction: Prediction, classes: Sequence[str]) -> str | None:
+    """Write the copy; why the encoder does not take the video."""
+    import av
+
+    from rev2net.annotate import annotate
+
+    try:
+        annotate(video, copy, prediction.windows, classes)
+    except av.error.FFmpegError as error:
+        if isinstance(error, OSError):  # a full disk, say
+            raise
+        return f"{copy} cannot be encoded ({first_line(error)})"
+    return None
 
 
 def _predict(predictor: Predictor, video: Path, args: argparse.Namespace, every: float) -> Prediction:

@@ -141,8 +141,8 @@ class _Folder:
 
     @property
     def _begun(self) -> bool:
-        """Whether a run of it has been started; before that it may still become another sweep."""
-        return any(self._folder.glob("*/config.yaml"))
+        """Whether a run of it has been started, or is being; before that it may still become another sweep."""
+        return any(self._folder.glob("*/config.yaml")) or any(map(_is_held, self._folder.glob("*/run.lock")))
 
     def _check_config(self) -> None:
         file = self._folder / "config.yaml"
@@ -182,7 +182,18 @@ class _Folder:
         """Whether there are runs without result, and the configuration of one of them, which nobody else does.
 
         It is this process's until `held` is closed.
+
+        Raises:
+            UserError: the folder has become another sweep before this one had begun.
         """
+        if not self._point:
+            with lock(self._folder / "sweep"):
+                self._check_config()
+                self._check_search()
+                return self._claim(held)
+        return self._claim(held)
+
+    def _claim(self, held: ExitStack) -> tuple[bool, Config | None]:
         results = self._results()
         *_, stage = self._search.stages(results)
         left = [point for point in stage.points if point not in results]
@@ -244,6 +255,9 @@ class _Folder:
                 write_atomically(self._folder / "result.json", json.dumps(asdict(self.result()), indent=1).encode())
                 tracker.flush()
         else:
+            if tracker.run_id is not None:
+                # Other tasks wait for the lock, and their ranks for them: what is left is told with the next result.
+                tracker.hurry()
             tracker.flush()
             tracker.close()
         if self._config.tracking.enabled and tracker.run_id is None:
@@ -292,6 +306,12 @@ class _Folder:
             result=results[winner],
             tracking_uri=tracking_uri(self._config),
         )
+
+
+def _is_held(file: Path) -> bool:
+    """Whether a process has a lock's file."""
+    with lock(file.with_suffix(""), wait=False) as free:
+        return not free
 
 
 def _cut_torn_line(file: Path) -> None:

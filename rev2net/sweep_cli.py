@@ -56,7 +56,8 @@ def run_sweep(args: argparse.Namespace) -> int:
     assert ended is not None  # nobody asks it to stop
     if is_first():
         others = [word for word in args.overrides if not word.startswith(("data.holdout=", "output="))]
-        others.append(f"output={config.output}-winner")  # under the own name there may be a run with other weights
+        # Under the own name there may be a run with other weights; CONFIG may say what is held out.
+        others += ["data.holdout=0", f"output={config.output}-winner"]
         print(f"\n{ended.table}\n")
         print(f"winner      {' '.join(ended.winner)}: top-1 {ended.result.top1:.1%} of the clips held out")
         print(f"train it    {shlex.join(['rev2net', 'train', args.config, *others, *ended.winner])}")

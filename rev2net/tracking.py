@@ -151,9 +151,13 @@ class Tracker:
             self._changed.wait_for(lambda: not len(self._outbox), self._patience)
         self._patience = max(0.0, self._patience - (time.monotonic() - begin))
 
-    def interrupt(self) -> None:
-        """The training stops before its end: the run is KILLED until it goes on, and nobody can wait long."""
+    def hurry(self) -> None:
+        """Nobody can wait long any more: for `HURRY_SECONDS` at most."""
         self._patience = min(self._patience, HURRY_SECONDS)
+
+    def interrupt(self) -> None:
+        """The training stops before its end, in a hurry: the run is KILLED until it goes on."""
+        self.hurry()
         self._ending = "KILLED"
 
     def __enter__(self) -> Tracker:
@@ -168,7 +172,7 @@ class Tracker:
 
     def fail(self) -> None:
         """Close the run as FAILED, in a hurry; from any thread."""
-        self._patience = min(self._patience, HURRY_SECONDS)
+        self.hurry()
         self._put({"status": "FAILED"})
         self.close()
 

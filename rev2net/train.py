@@ -498,8 +498,11 @@ class TrainingRun:
         if self.config.decoders:
             alone = Ranks(rank=0, world_size=1, local_rank=0, device=self.ranks.device)
             loader = eval_loader(self.data, self.config.data.eval_split, self.config, alone, "1x1", for_decoders=True)
-            batch = next(iter(loader)).to(self.ranks.device, channels_last=True)
+            batch = next(iter(loader), None)
             loader.close()
+            if batch is None:  # no clip of the split decodes
+                return
+            batch = batch.to(self.ranks.device, channels_last=True)
             figure = pictures.decoders(network, batch, f"step {self.step}: {batch.keys[0]}")
             self.tracker.figure(figure, "decoders.png")
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 import pytest
 import torch
+from submitit.slurm.slurm import SlurmJobEnvironment
 from tiny import wait
 
 from cluster import task
@@ -21,7 +23,7 @@ from cluster.cli import main
 from cluster.doctor import diagnose
 from cluster.doctor_nodes import DoctorTask, _node_rows, _reduce_rows
 from cluster.site import Site, load_site
-from cluster.submit import Placement, submit_local, wait_local
+from cluster.submit import Placement, _requeue_lines, local_gpus, submit_local, wait_local
 from cluster.task import Task, TrainWork, check_gpus
 from dataloaders.errors import UserError
 from rev2net.config import load_config
@@ -246,9 +248,54 @@ def test_p7_a_controller_that_is_busy_is_asked_again(
             task.scontrol("requeue", "7")
 
 
+def test_p7_a_task_of_an_array_asks_about_itself_and_requeues_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm gives the last task of an array the array's number as its SLURM_JOB_ID; a stub in place of scontrol."""
+    stub = tmp_path / "scontrol"
+    stub.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
+        '[ "$3" = 47_3 ] || echo "JobState=RUNNING PreemptTime=None"\n'  # of the other tasks
+        'echo "JobState=RUNNING PreemptTime=2026-11-27T10:00:00"\n'
+        '[ "$3" = 47_3 ] || echo "JobState=COMPLETED PreemptTime=None"\n'
+    )
+    stub.chmod(0o755)
+    told = {"SLURM_JOB_ID": "47", "SLURM_ARRAY_JOB_ID": "47", "SLURM_ARRAY_TASK_ID": "3", "SUBMITIT_EXECUTOR": "slurm"}
+    for name, value in {**told, "SUBMITIT_FOLDER": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert task._preempted()
+    task._ask_the_script(SlurmJobEnvironment(), 1)
+    script = "\n".join(["(exit 5)", *_requeue_lines(tmp_path)])
+    for _ in range(2):  # the second time there is no such wish
+        assert subprocess.run(["bash", "-c", script]).returncode == 5
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name)
+    task._ask_the_script(SlurmJobEnvironment(), 1)
+    assert subprocess.run(["bash", "-c", script]).returncode == 5
+    assert (tmp_path / "asked").read_text() == "show job 47_3\nrequeue 47_3\nrequeue 47\n"
+
+
+def test_p12_gpus_of_this_machine_are_those_that_the_user_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is asked for anything: the numbers alone count."""
+    two, none = (Placement.from_options(nodes=1, gpus_per_node=g, tasks_per_node=t) for g, t in ((2, None), (None, 2)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert local_gpus(2, placement=two, site=Site()) == [[0, 1], [2, 3]]
+    assert local_gpus(2, placement=none, site=Site()) == [[], []]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert local_gpus(1, placement=two, site=Site()) == [[3, 5]]
+    assert local_gpus(1, placement=two, site=Site(env={"CUDA_VISIBLE_DEVICES": "7,1,2"})) == [[7, 1]]
+    with pytest.raises(UserError, match=r"^2 tasks of 2 GPUs at once are not possible, CUDA_V.*=3,5 allows 2: ask"):
+        local_gpus(2, placement=two, site=Site())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937,GPU-1234")
+    with pytest.raises(UserError, match="has other names than numbers"):
+        local_gpus(1, placement=two, site=Site())
+
+
 def start(work: Any, folder: Path, site: Site) -> Any:
     placement = Placement.from_options(nodes=1, gpus_per_node=None, tasks_per_node=2)
-    return submit_local(Task(work=work), placement=placement, site=site, folder=folder / "jobs")
+    return submit_local(Task(work=work), placement=placement, site=site, folder=folder / "jobs", gpus=[])
 
 
 def stoppable_work(folder: Path) -> Any:

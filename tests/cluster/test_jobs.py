@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,10 +52,16 @@ def test_status_has_the_newest_last_and_takes_numbers_and_names(
     (new / "1_0_log.out").write_text("begins\n")
     (new / "1_0_log.err").write_text("a warning\nsrun: error: n1: task 1: Exited with exit code 1\n")
     (new / "1_1_log.err").write_text("out of memory\nsrun: error: Terminated\n")
+    for number, reason in (("3", ""), ("4", " DUE TO TIME LIMIT")):
+        folder = make(tmp_path, "ended", f"2026-11-21T14:15:0{number}", number)
+        line = f"slurmstepd: error: *** JOB {number} ON n1 CANCELLED AT 2026-11-21T15:00:00{reason} ***\n"
+        (folder / f"{number}_0_log.err").write_text(f"a warning\n{line}")
     assert main(["status", "--folder", str(tmp_path)]) == 0
     _, *lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines] == [["2", old.name, "STOPPED"], ["1", new.name, "FAILED"]]
-    assert lines[1].endswith("  rank 1: out of memory")
+    assert [line.split()[::2][:2] for line in lines] == [
+        ["3", "STOPPED"], ["4", "FAILED"], ["2", "STOPPED"], ["1", "FAILED"],
+    ]  # fmt: skip
+    assert lines[2].split()[1] == old.name and lines[3].endswith("  rank 1: out of memory")
     assert main(["status", "2", old.name, "--folder", str(tmp_path)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
 
@@ -68,6 +77,10 @@ def test_status_has_the_newest_last_and_takes_numbers_and_names(
         (["logs", "1", "--rank", "2"], "has the ranks 0 to 1"),
         (["logs", "1", "2"], "'2' is not an option of logs"),
         (["status", "a"], "no job 'a'"),
+        (
+            ["cancel", "7_1"],
+            "7_1 is a task of job 7: give 7 for all of them; its log is that of --rank 2, and `scancel",
+        ),
     ],
 )
 def test_p12_mistakes_are_one_sentence(
@@ -75,6 +88,9 @@ def test_p12_mistakes_are_one_sentence(
 ) -> None:
     make(tmp_path, "a", "1", "1")
     make(tmp_path, "b", "2", "2")
+    with new_folder(tmp_path, "array", "x") as folder:
+        record(folder, Job(ids=("7_0", "7_1"), ranks=2, kind="sweep", name="array", output=str(tmp_path / "out"),
+                           executor="local", submitted="0"))  # fmt: skip
     assert expected in refused(*words, "--folder", str(tmp_path))
 
 
@@ -91,7 +107,7 @@ def test_a_training_on_this_machine_is_watched_cancelled_and_finished(
         return capsys.readouterr().out.splitlines()[1]
 
     log, code = output / "train.log", [sys.executable, "-m", "cluster.cli"]
-    with subprocess.Popen([*code, *words, "train.duration=9999steps"], cwd=ROOT, env=inherited()) as submit:
+    with in_background(*code, *words, "train.duration=9999steps") as submit:
         wait("step 2", lambda: (log.exists() and "step 2/9999" in log.read_text()) or submit.poll() is not None)
         (folder,) = (tmp_path / "jobs").iterdir()
         job = json.loads((folder / "job.json").read_text())["ids"][0]
@@ -113,8 +129,18 @@ def test_a_training_on_this_machine_is_watched_cancelled_and_finished(
     assert f"FINISHED  step {done + 2}/{done + 2} ETA 0s" in status(newest.name)
     assert main(["logs", newest.name, "--follow", *jobs]) == 0
     assert f"going on from {output}" in capsys.readouterr().out
+    (output / "config.yaml").write_text("another job trains here now")
+    assert "FINISHED" in status(newest.name) and "step" not in status(newest.name) and "STOPPED" in status(job)
 
 
-def inherited() -> dict[str, str]:
+@contextmanager
+def in_background(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that nobody waits for where the block fails: it is killed then, with its ranks."""
     env = environment()
-    return {**env, "PYTHONPATH": f"{ROOT}:{env['PYTHONPATH']}"}
+    env["PYTHONPATH"] = f"{ROOT}:{env['PYTHONPATH']}"
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
+    try:
+        yield process
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise

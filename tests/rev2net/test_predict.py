@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -27,6 +28,7 @@ from dataloaders.video import VideoSource
 from dataloaders.windows import windows
 from rev2net import checkpoint, export
 from rev2net.annotate import annotate
+from rev2net.cli import main
 from rev2net.config import Config, config_from_tree
 from rev2net.data import eval_loader
 from rev2net.distributed import read_ranks
@@ -223,6 +225,25 @@ def test_files_that_are_no_videos_are_named_and_the_others_predicted(
     # Damage ends a copy where it is, and what comes after it is copied all the same.
     frames = {path.name: len(list(decoded(path))) for path in tmp_path.iterdir()}
     assert frames.keys() == {"half.mp4", "good.mp4"} and 25 < frames["half.mp4"] < 100
+
+
+def test_a_copy_that_the_encoder_refuses_and_odd_names_stop_nothing(
+    trained: Trained, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide, odd = tmp_path / "wide.mkv", tmp_path / os.fsdecode(b"caf\xe9.mp4")  # in Latin-1
+    with av.open(str(wide), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 16386, 16, "yuv420p"  # H.264 ends at 16384
+        for _ in range(20):
+            container.mux(stream.encode(av.VideoFrame(16386, 16, "yuv420p")))
+        container.mux(stream.encode(None))
+    odd.write_bytes((clips / "good.mp4").read_bytes())
+    words = [str(wide), str(odd), "--annotate", str(tmp_path / "out"), "--views", "1x1"]
+    assert main(["predict", str(trained.output), *words]) == 2
+    out, err = capsys.readouterr()
+    assert f"rev2net predict: {tmp_path}/out/wide.mp4 cannot be encoded (" in err
+    assert [line for line in out.splitlines() if line.startswith("/")] == [str(wide), f"{tmp_path}/caf\\udce9.mp4"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [odd.name]
 
 
 def test_long_videos_are_told_in_windows_and_copied_with_them(trained: Trained, clips: Path, tmp_path: Path) -> None:

@@ -25,11 +25,13 @@ from dataloaders.loader import EvalLoader, TrainLoader
 from dataloaders.plan import ClipShape, Views
 from dataloaders.shards import HELD_OUT
 from dataloaders.sources import SourceClip, shuffled
+from rev2net import tracking
 from rev2net.cli import main
 from rev2net.config import Config, load_config
 from rev2net.data import counts, open_data
 from rev2net.grid import FINE, Point, Result, Search, rows, sweep_config, table
 from rev2net.sweep import SweepResult, _Folder, sweep
+from rev2net.tracking import Tracker
 from rev2net.train import train
 
 DEMO = str(ROOT / "configs" / "demo.yaml")
@@ -323,13 +325,16 @@ def test_killed_in_a_training_and_gone_on_with_by_two_at_once(
 def test_a_finished_sweep_prints_its_table_again_and_other_settings_are_refused(
     data: Path,
     undisturbed: tuple[Path, SweepResult],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     refused: Callable[..., str],
 ) -> None:
     folder, ended = undisturbed
     output = folder.with_name("run")
-    same = ["sweep", DEMO, *words(data, output)]
+    held = tmp_path / "held.yaml"  # a share that stands in the file is not one of the winner's training either
+    held.write_text(f"base: {DEMO}\ndata: {{holdout: 0.25}}\n")
+    same = ["sweep", str(held), *(word for word in words(data, output) if not word.startswith("data.holdout"))]
     before = starts(folder)
     _, grids = configuration(data, output)
     with monkeypatch.context() as patch:
@@ -339,7 +344,7 @@ def test_a_finished_sweep_prints_its_table_again_and_other_settings_are_refused(
     assert ended.table in said and starts(folder) == before
     command = re.search(r"^train it +rev2net train (.*)$", said, re.MULTILINE)
     assert command is not None
-    chosen = load_config(DEMO, command[1].split()[1:])
+    chosen = load_config(held, command[1].split()[1:])
     assert [
         f"loss.lambda_flow={chosen.loss.lambda_flow:g}",
         f"loss.lambda_im={chosen.loss.lambda_im:g}",
@@ -361,9 +366,51 @@ def test_a_mistake_before_the_first_run_can_be_mended(data: Path, tmp_path: Path
     assert load_config(tmp_path / "run-sweep" / "config.yaml").init_from is None
 
 
+def untracked(folder: Path) -> tuple[Config, Search]:
+    config, grids = configuration(folder, folder / "run")
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"enabled": False})}), grids
+
+
+def test_another_sweep_gets_a_folder_only_while_nobody_works_in_it(tmp_path: Path) -> None:
+    config, grids = untracked(tmp_path)
+    others = config.model_copy(update={"train": config.train.model_copy(update={"seed": 1})})
+    late = _Folder(config, grids)
+    first = _Folder(others, grids)  # nothing is claimed yet
+    with ExitStack() as held:
+        assert first.claim(held)[0]  # and no training has written anything so far
+        for refused in (lambda: late.claim(held), lambda: _Folder(config, grids)):
+            with pytest.raises(UserError, match=r"holds a sweep with train.seed=1, not train.seed=0: give"):
+                refused()
+    with ExitStack() as held:
+        assert _Folder(config, grids).claim(held)[0]
+
+
+def test_p11_results_do_not_wait_for_a_server_that_is_away(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stub in place of the connection: it would be waited for until this test is ended from outside."""
+    config, grids = configuration(data, tmp_path / "run")
+    known = _Folder(config, grids)._parent
+
+    def away(_: Tracker) -> None:
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(Tracker, "_connect", away)
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 1e6)
+    monkeypatch.setattr(tracking, "HURRY_SECONDS", 0.1)
+    folder = _Folder(config, grids)
+    assert folder._parent == known is not None
+    with ExitStack() as held:
+        assert folder.claim(held)[0]
+        folder.add(Result(top1=0.5, cross_entropy=1.0))
+    monkeypatch.undo()
+    _Folder(config, grids)
+    parent, _ = family(tmp_path / "mlflow.db")
+    assert parent.data.metrics["best/top1"] == 0.5
+
+
 def test_a_line_torn_by_another_process_spoils_no_result(tmp_path: Path) -> None:
-    config, grids = configuration(tmp_path, tmp_path / "run")
-    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"enabled": False})})
+    config, grids = untracked(tmp_path)
     folder = _Folder(config, grids)
     for top1 in (0.2, 0.3):
         with ExitStack() as held, (tmp_path / "run-sweep" / "journal.log").open("a") as journal:

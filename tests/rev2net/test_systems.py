@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import yaml
 from tiny import TINY
 
 from dataloaders.prepare_cli import SPLIT_NUMBERS
+from dataloaders.shards import DataSet
 from rev2net import checkpoint
 from rev2net.cli import main
 from rev2net.config import Config, load_config
@@ -185,9 +187,22 @@ def test_two_streams_are_fused(
     second.write_text(second.read_text().replace(f'"path": "{tiny_data}"', f'"path": "{tmp_path}/data"', 1))
     with monkeypatch.context() as patch:  # what two networks of two steps reach may be equal
         reached = iter((0.5, 0.75))
-        patch.setattr("rev2net.eval_cli._test", lambda *_: SimpleNamespace(top1=next(reached), videos=8))
+        tested: list[tuple[Path, str, str]] = []
+
+        def test(streams: Sequence[Any], data: DataSet, split: str, *_: object) -> SimpleNamespace:
+            tested.append((streams[0].checkpoint, str(data.location), split))
+            return SimpleNamespace(top1=next(reached), videos=8)
+
+        patch.setattr("rev2net.eval_cli._test", test)
         assert main(["splits", str(rgb), str(tmp_path / "second"), *views]) == 0
-    assert capsys.readouterr().out.endswith("mean of 2 splits: top1 62.5% +- 17.7%\n")
+        assert capsys.readouterr().out.endswith("mean of 2 splits: top1 62.5% +- 17.7%\n")
+        checkpoints = [checkpoint.find(path) for path in (rgb, tmp_path / "second")]
+        assert tested == [(checkpoints[0], str(tiny_data), "val"), (checkpoints[1], str(tmp_path / "data"), "val")]
+        capsys.readouterr()
+        known = json.loads(second.read_text())
+        second.write_text(json.dumps({**known, "classes": ["swim", *known["classes"][1:]]}))
+        text = refused("splits", str(rgb), str(tmp_path / "second"), *views)
+        assert "evaluate on data prepared with the same classes" in text and len(tested) == 2  # no test before it
     assert "give --fuse one for each split" in refused("splits", str(rgb), str(rgb), "--fuse", str(flow))
     shutil.copytree(flow, tmp_path / "other")
     state = checkpoint.find(tmp_path / "other") / "state.json"

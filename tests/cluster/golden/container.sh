@@ -27,5 +27,6 @@ srun --unbuffered --output FOLDER/rev2net-small-TIME/%j_%t_log.out --error FOLDE
 
 # teardown
 status=$?
-if rm FOLDER/rev2net-small-TIME/requeue-$SLURM_JOB_ID 2> /dev/null; then for try in 1 2 3 4 5 6 7 8 9 10; do scontrol requeue $SLURM_JOB_ID && break; sleep 5; done; fi
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}
+if rm FOLDER/rev2net-small-TIME/requeue-$job 2> /dev/null; then for try in 1 2 3 4 5 6 7 8 9 10; do scontrol requeue $job && break; sleep 5; done; fi
 exit $status

@@ -2,7 +2,7 @@
 
 # Parameters
 #SBATCH --account=my-project
-#SBATCH --cpus-per-task=8
+#SBATCH --cpus-per-task=10
 #SBATCH --error=FOLDER/rev2net-small-TIME/%j_0_log.err
 #SBATCH --gpus-per-node=4
 #SBATCH --job-name=rev2net-small
@@ -26,4 +26,4 @@ export REV2NET_COMMIT=COMMIT
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output FOLDER/rev2net-small-TIME/%j_%t_log.out --error FOLDER/rev2net-small-TIME/%j_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=8 PYTHON -u -m submitit.core._submit FOLDER/rev2net-small-TIME
+srun --unbuffered --output FOLDER/rev2net-small-TIME/%j_%t_log.out --error FOLDER/rev2net-small-TIME/%j_%t_log.err --kill-on-bad-exit=1 --cpus-per-task=10 PYTHON -u -m submitit.core._submit FOLDER/rev2net-small-TIME
