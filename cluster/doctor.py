@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dataloaders.errors import UserError
+from dataloaders.workers import cores
 
 State = Literal["ok", "warn", "FAIL"]
 
@@ -132,7 +133,7 @@ def _gpus() -> Row:
     if not names and Path("/dev/nvidiactl").exists():
         return Row(name="GPU", state="FAIL", text="an NVIDIA driver is loaded, but torch sees no GPU")
     if not names:
-        return Row(name="GPU", state="ok", text=f"none; {os.cpu_count()} CPU cores")
+        return Row(name="GPU", state="ok", text=f"none; {len(cores())} CPU cores")
     text = f"{len(names)} x {', '.join(sorted(set(names)))}; CUDA {torch.version.cuda}"
     return Row(name="GPU", state="ok", text=text)
 

@@ -8,7 +8,6 @@ the time goes is measured on batches that are made one after the other, without 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from dataloaders.loader import TrainLoader
 from dataloaders.plan import Augment, ClipShape
 from dataloaders.pyav_backend import decode_only
 from dataloaders.shards import DataSet
+from dataloaders.workers import cores
 
 Name = Literal["dali", "pyav"]
 _CEILING_BATCHES = 4
@@ -117,7 +117,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--segments", type=int, default=0, help="parts of the video that the frames are spread over")
     parser.add_argument("--size", type=int, default=224, help="height and width of a clip (default: 224)")
     parser.add_argument("--batch", type=int, default=8, help="clips in a micro-batch (default: 8)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all cores)")
+    parser.add_argument("--workers", type=int, default=len(cores()), help="threads (default: all cores)")
     parser.add_argument("--pipelines", type=int, default=1, help="DALI pipelines (default: 1)")
     parser.add_argument("--flow", action="store_true", help="also decode the flow")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

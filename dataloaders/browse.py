@@ -6,7 +6,6 @@ import argparse
 import base64
 import io
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from dataloaders.shards import (
     check_output,
     written_aside,
 )
+from dataloaders.workers import cores
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 _ROW = 72
@@ -187,7 +187,7 @@ def add_browse_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="only this split")
     parser.add_argument("--limit", type=int, help="the first so many samples of every split")
     parser.add_argument("--frames", type=int, default=4, help="thumbnails of a sample (%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (the number of cores)")
+    parser.add_argument("--workers", type=int, default=len(cores()), help="threads (the number of cores)")
 
 
 def run_browse(args: argparse.Namespace) -> int:

@@ -20,9 +20,9 @@ from dataloaders.errors import DecodeError, UserError
 from dataloaders.keyed import Purpose, hash64
 from dataloaders.lanes import Ahead, BackendName, Lane, make_lanes
 from dataloaders.order import GlobalOrder
-from dataloaders.plan import Augment, ClipPlan, ClipShape, Views, test_views, train_plan, whole_video
+from dataloaders.plan import Augment, ClipShape, Views, test_views, train_plan, whole_video
 from dataloaders.samples import FetchAhead, Samples
-from dataloaders.shards import DataSet, SampleInfo
+from dataloaders.shards import DataSet
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,6 @@ class TrainLoader:
 
     Attributes:
         failures: (key, reason) of every sample that was replaced so far, in batches that were handed out.
-        steps_per_epoch: not a whole number in general, since batches straddle epochs.
 
     Raises:
         UserError: batches that do not divide, a split or flow that is not there, a backend that cannot decode it.
@@ -125,8 +124,6 @@ class TrainLoader:
         self._ahead = Ahead(self._lanes, self._load, self._tasks(start_step), max(prefetch, len(self._lanes)))
         self.failures: list[tuple[str, str]] = []
         self.num_samples = self._order.num_samples
-        self.steps_per_epoch = self.num_samples / global_batch
-        self.micro_batches_per_step = self._rank_batch // micro_batch
 
     @property
     def wait_seconds(self) -> float:
@@ -225,12 +222,9 @@ class TrainLoader:
             draw = hash64(Purpose.REPLACEMENT, self._seed, position, attempt) % self.num_samples
             position = epoch * self.num_samples + draw
         place = self._order.locate(position)
-
-        def plan(info: SampleInfo) -> ClipPlan:
-            return train_plan(info, self._shape, self._augment, seed=self._seed, epoch=place.epoch, sample=place.sample)
-
         info, parts = self._source.read(lane, place)
-        return self._source.request(place, info, parts, plan(info), self._shape)
+        plan = train_plan(info, self._shape, self._augment, seed=self._seed, epoch=place.epoch, sample=place.sample)
+        return self._source.request(place, info, parts, plan, self._shape)
 
     @staticmethod
     def _give_up_on(error: DecodeError, failures: list[tuple[str, str]]) -> None:
@@ -310,16 +304,10 @@ class EvalLoader:
             with_rgb=with_rgb,
         )
         self.failed: list[Failure] = []
-        self.wait_seconds = 0.0
-
-    @property
-    def num_videos(self) -> int:
-        """Videos of this rank."""
-        return len(self._videos)
 
     def __len__(self) -> int:
         """Batches of this rank; those whose videos all fail do not come."""
-        return math.ceil(self.num_videos * self._views.count / self._batch_size)
+        return math.ceil(len(self._videos) * self._views.count / self._batch_size)
 
     def __iter__(self) -> Iterator[ClipBatch]:
         self.failed = []
@@ -332,7 +320,6 @@ class EvalLoader:
                         known.add(failure.sample)
                         self.failed.append(failure)
                         log.warning("video %s counts as wrong: %s", failure.key, failure.reason)
-                self.wait_seconds = ahead.wait_seconds
                 if loaded.requests:
                     yield loaded.finish(self._device)
         finally:

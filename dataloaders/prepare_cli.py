@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from fractions import Fraction
@@ -19,6 +18,7 @@ from dataloaders.shards import DataSet
 from dataloaders.sources import SPLITS, SourceListing, read_folder, read_lists
 from dataloaders.transcode import FLOW_SCALES, FlowDevice, PrepareSettings
 from dataloaders.video import MINIMUM
+from dataloaders.workers import cores
 
 _SHOWN = 5
 """Bad clips and skipped files that the report names; the rest is counted."""
@@ -176,8 +176,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     listing = read_listing(args)
     workers = args.workers
     if workers is None:
-        cores = len(os.sched_getaffinity(0))
-        workers = min(_GPU_WORKERS, cores) if settings.flow_device == "cuda" else cores
+        workers = min(_GPU_WORKERS, len(cores())) if settings.flow_device == "cuda" else len(cores())
     if share is not None:
         clips, bad = prepare_share(
             listing, args.out, settings, share, workers=workers, max_missing=args.max_missing, reuse=reuse

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -44,7 +43,7 @@ from dataloaders.scenes import (
     times,
 )
 from dataloaders.shards import write_atomically, written_aside
-from dataloaders.workers import worker_pool
+from dataloaders.workers import cores, worker_pool
 
 __all__ = [
     "CLASSES",
@@ -271,7 +270,7 @@ def synthesise(out: Path, settings: SynthSettings, counts: dict[str, int], *, wo
     Raises:
         UserError: a count or `workers` is out of range, or the folder holds something else.
     """
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    workers = len(cores()) if workers is None else workers
     if workers < 1:
         raise UserError(f"workers is {workers}; give 1 or more.")
     if min(counts.values()) < 0 or sum(counts.values()) == 0:

@@ -1,4 +1,4 @@
-"""Pools of worker processes that do not outlive the process that started them."""
+"""Cores, and pools of worker processes that do not outlive the process that started them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
+
+
+def cores() -> set[int]:
+    """The cores that this process may use: Slurm and containers bind it to some."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from dataloaders.batch import Stream
 from dataloaders.errors import UserError
-from dataloaders.plan import Views
+from dataloaders.plan import Augment, Views
 from dataloaders.remote import CACHE_GB
 from dataloaders.shards import HELD_OUT
 from dataloaders.yaml_file import read_mapping
@@ -64,11 +64,11 @@ class AugmentConfig(Section):
     """Training augmentation, drawn on the host for each sample."""
 
     scales: tuple[float, ...] = Field((1.0, 0.875, 0.75, 0.66), description="side of the crop / short side")
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip (0 where left is a class)")
-    brightness: float = Field(0.0, ge=0, description="x = factor from 1 - x to 1 + x, one for the whole clip")
-    contrast: float = Field(0.0, ge=0, description="the same")
-    saturation: float = Field(0.0, ge=0, description="the same")
-    hue: float = Field(0.0, ge=0, le=0.5, description="x = turn by -x to x of the colour circle")
+    flip: float = Field(0.5, description="probability of a horizontal flip (0 where left is a class)")
+    brightness: float = Field(0.0, description="x = factor from 1 - x to 1 + x, one for the whole clip")
+    contrast: float = Field(0.0, description="the same")
+    saturation: float = Field(0.0, description="the same")
+    hue: float = Field(0.0, description="x = turn by -x to x of the colour circle")
 
 
 class LoaderConfig(Section):
@@ -76,7 +76,7 @@ class LoaderConfig(Section):
 
     backend: Literal["auto", "dali", "pyav"] = Field("auto", description="decoder; auto = dali where it can")
     workers: int = Field(2, gt=0, description="decoding threads of a rank")
-    prefetch: int = Field(4, gt=0, description="micro-batches decoded ahead")
+    prefetch: int = Field(4, gt=0, description="batches decoded ahead")
     pipelines_per_gpu: int = Field(1, gt=0, description="DALI pipelines of a rank (one feeds one NVDEC unit)")
     cache: str | None = Field(
         None, description="folder on a disk of this machine for shards of a remote data set; null = in ~/.cache/rev2net"
@@ -314,8 +314,14 @@ class Config(Section):
             )
         if self.data.size < 32 or self.data.size % 4:
             raise ValueError(f"data.size={self.data.size} must be a multiple of 4 and at least 32")
+        if self.model.compile and self.train.zero_stage == 3:
+            raise ValueError(
+                "model.compile=true does little with train.zero_stage=3, whose hooks break the graph at every module: "
+                "use stage 0, 1 or 2"
+            )
         self._check_model()
         self._check_durations()
+        Augment(**self.augment.model_dump())
         Views.parse(self.eval.views)
         if self.profile.steps is not None:
             parse_range(self.profile.steps, "profile.steps")

@@ -36,7 +36,7 @@ def open_target(config: Config, classes: tuple[str, ...]) -> DataSet | None:
         classes: the source's.
 
     Raises:
-        UserError: as `open_data`, or other classes.
+        UserError: there is no data set, it lacks a split or the flow that decoders want, or has other classes.
     """
     if config.target.path is None:
         return None
@@ -162,6 +162,7 @@ def eval_loader(
         batch_size=config.eval.batch,
         backend=config.loader.backend,
         workers=config.loader.workers,
+        prefetch=config.loader.prefetch,
         pipelines_per_gpu=config.loader.pipelines_per_gpu,
         device=ranks.device,
         with_flow=sees_flow or (for_decoders and "flow" in config.decoders),

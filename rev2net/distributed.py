@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dataloaders.errors import UserError
+from dataloaders.workers import cores
 
 FIRST_STEP_TIMEOUT = timedelta(minutes=30)
 """For collectives: ranks reach the first one at very different times (compilation, cold storage)."""
@@ -46,10 +47,11 @@ class Ranks:
 
     def mean(self, values: Tensor) -> Tensor:
         """The average of a tensor over all ranks (every rank gets it)."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
-            values = values / self.world_size
-        return values
+        if self.world_size == 1:
+            return values
+        sums = values.clone()
+        dist.all_reduce(sums)
+        return sums / self.world_size
 
     def any(self, flag: bool) -> bool:
         """True on all ranks if it is true on one."""
@@ -144,7 +146,7 @@ def join(ranks: Ranks, threads: int | None) -> None:
 
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=FIRST_STEP_TIMEOUT, verbose=False)
-    torch.set_num_threads(threads or fair_threads(ranks.rank, ranks.gather((socket.gethostname(), _cores()))))
+    torch.set_num_threads(threads or fair_threads(ranks.rank, ranks.gather((socket.gethostname(), cores()))))
 
 
 def limit_collectives(seconds: float) -> None:
@@ -167,10 +169,6 @@ def fair_threads(rank: int, cores: Sequence[tuple[str, Collection[int]]]) -> int
     host, mine = cores[rank]
     share = sum(Fraction(1, sum(core in theirs for where, theirs in cores if where == host)) for core in mine)
     return max(1, int(share))
-
-
-def _cores() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _free_port() -> int:

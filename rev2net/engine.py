@@ -304,7 +304,8 @@ def build_engine(config: Config, ranks: Ranks, network: Network) -> Engine:
     """Hand a network (with its starting weights in place) to DeepSpeed.
 
     Raises:
-        UserError: SyncBatchNorm on a CPU, compilation with ZeRO-3, or a batch that the ranks cannot divide.
+        UserError: SyncBatchNorm on a CPU, a batch that the ranks cannot divide, or `train.deepspeed` has what is not
+            to be set there.
     """
     accumulation = micro_batches(config, ranks)
     if config.model.sync_bn:
@@ -315,11 +316,6 @@ def build_engine(config: Config, ranks: Ranks, network: Network) -> Engine:
     network.to(ranks.device)
     step_module = TrainingStep(network.train(), config.loss.objective(), config.target.weight)
     if config.model.compile:
-        if config.train.zero_stage == 3:
-            raise UserError(
-                "model.compile=true does little with train.zero_stage=3, whose hooks break the graph at every module: "
-                "use stage 0, 1 or 2"
-            )
         network.heads = torch.compile(network.heads)  # type: ignore[method-assign]  # `compile()` is for __call__ alone
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
     import deepspeed

@@ -239,9 +239,9 @@ def decoder_errors(network: Network, batches: Iterable[ClipBatch], *, ranks: Ran
 
     Returns:
         flow_epe and flow_epe_zero: mean end-point error of the predicted flow and of zero flow, flow_rmse and
-        flow_rmse_zero: its root mean square, all in pixels of the resized clip; frame_rmse and frame_rmse_mean:
-        root mean square error of the reconstruction and of the clip's mean frame, on [-1, 1]. Only those of the
-        decoders that the network has.
+        flow_rmse_zero: a clip's root mean square of it, all in pixels of the resized clip; frame_rmse and
+        frame_rmse_mean: a clip's root mean square error of the reconstruction and of its mean frame, on [-1, 1].
+        Means over the clips, of the decoders that the network has.
     """
     network.eval()
     sums: dict[str, float] = {}

@@ -55,8 +55,8 @@ class Objective:
         Args:
             output: what the network gave for `clip`.
             label: N, int64.
-            clip: N 3 T H W in [-1, 1]; the frame decoder's target is the same in reversed order.
-            flow: N 2 T H W in units of 20 pixels, or None where there is no flow decoder.
+            clip: D C T H W in [-1, 1], of the decoded clips; the frame decoder's target is the same in reversed order.
+            flow: D 2 T H W in units of 20 pixels, or None where there is no flow decoder.
 
         A term whose weight is zero, or that `ddp` leaves out, is measured without gradient and stays out of the
         graph. Its head has run all the same, so that every rank meets the same collectives.

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +47,8 @@ class TrainResult:
     Attributes:
         step: optimizer steps done.
         finished: False where a stop was requested before the end.
-        metrics: accuracy and decoder errors on the validation split (`val/...`); empty if not finished.
+        metrics: accuracy and decoder errors on the validation split (`val/...`), accuracy on the target domain's
+            (`target/...`); empty if not finished.
         checkpoint: the last checkpoint.
         run_id: the MLflow run, or None (tracking is off, or its server was away all the time).
         tracking_uri: where that run is kept.
@@ -182,7 +182,7 @@ class TrainingRun:
         self._parameters = sum(p.numel() for p in network.encoder.parameters())  # before ZeRO-3 cuts them up
         if resumed is None:
             if self.config.init_from is not None:
-                start_from(network, self.config.init_from)
+                start_from(network, self.config.init_from, self.data.classes)
             return build_engine(self.config, self.ranks, network), None
         state = checkpoint.read_state(resumed)
         if state.classes != self.data.classes:
@@ -190,9 +190,10 @@ class TrainingRun:
                 f"{resumed} was trained on {len(state.classes)} classes that are not those of {self.config.data.path}: "
                 "choose another output= or use init_from="
             )
-        self._refuse_another(state.config, resumed)
+        before = config_from_tree(state.config).flat()
+        self._refuse_another(before, resumed)
         if state.step >= self.total:
-            self._refuse_other_weights(state.config, resumed)
+            self._refuse_other_weights(before, resumed)
         checkpoint.load_weights(network, resumed)
         if state.world_size == self.ranks.world_size:
             snapshot.restore_buffers(network, checkpoint.read_tensors(resumed, "buffers"), self.ranks)
@@ -201,26 +202,25 @@ class TrainingRun:
         engine.restore_loss_scale(state.loss_scale)
         return engine, state
 
-    def _refuse_another(self, before: Mapping[str, Any], resumed: Path) -> None:
+    def _refuse_another(self, was: Mapping[str, str], resumed: Path) -> None:
         """UserError for what a run cannot change: it would be another run, or be tested on clips that it knows."""
-        for section, key in (
-            ("data", "holdout"),
-            ("data", "split"),
-            ("train", "seed"),
-            ("train", "global_batch"),  # the place in the order of samples and in the schedule is counted in it
-            ("optim", "name"),  # whose state the checkpoint holds
+        now = self.config.flat()
+        for key in (
+            "data.holdout",
+            "data.split",
+            "train.seed",
+            "train.global_batch",  # the place in the order of samples and in the schedule is counted in it
+            "optim.name",  # whose state the checkpoint holds
         ):
-            was, now = before[section].get(key, 0.0), getattr(getattr(self.config, section), key)
-            if was != now:
-                name = f"{section}.{key}"
+            if was[key] != now[key]:
                 raise UserError(
-                    f"{resumed} was trained with {name}={was}, not {now}: choose another output=, or set {name}={was} "
-                    "to go on"
+                    f"{resumed} was trained with {key}={was[key]}, not {now[key]}: choose another output=, or set "
+                    f"{key}={was[key]} to go on"
                 )
 
-    def _refuse_other_weights(self, before: Mapping[str, Any], resumed: Path) -> None:
+    def _refuse_other_weights(self, was: Mapping[str, str], resumed: Path) -> None:
         """UserError for settings that the weights are not of, where no step is left that would learn them."""
-        was, now = config_from_tree(before).flat(), self.config.flat()
+        now = self.config.flat()
         learned = ("data.", "augment.", "model.", "loss.", "target.", "optim.", "train.micro_batch")
         for key in now:
             if not key.startswith(learned) or key in PLACES or key.endswith(".val_split"):
@@ -298,7 +298,7 @@ class TrainingRun:
         self._own_failures += failures
         counts = torch.tensor([float(stop), failures, float(self._writer.failed)], device=self.ranks.device)
         own = torch.stack([*sums.values(), *counts])
-        *values, stops, replaced, unsaved = self.ranks.mean(own.clone()).tolist()
+        *values, stops, replaced, unsaved = self.ranks.mean(own).tolist()
         if unsaved:
             self.finish_saving()
         self._count_replaced(round(replaced * self.ranks.world_size))
@@ -543,14 +543,20 @@ def without_imagenet(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"imagenet": None})})
 
 
-def start_from(network: Network, path: str) -> None:
-    """`init_from`: a checkpoint of ours or a published file; a head for other classes is replaced.
+def start_from(network: Network, path: str, classes: tuple[str, ...]) -> None:
+    """`init_from`: a checkpoint of ours or a published file; the classifier stays fresh where it is for other classes.
+
+    A published file does not say which classes it knows: there their number counts.
 
     Raises:
         UserError: neither of the two, or another architecture.
     """
-    file = Path(path) if checkpoint.is_file_of_weights(path) else checkpoint.check_weights(checkpoint.find(path))
-    report = load_weights(network.encoder, file)
+    if checkpoint.is_file_of_weights(path):
+        report = load_weights(network.encoder, path)
+    else:
+        found = checkpoint.find(path)
+        others = checkpoint.read_state(found).classes != classes
+        report = load_weights(network.encoder, checkpoint.check_weights(found), other_classes=others)
     log.info("starting from %s: %s", path, report)
 
 

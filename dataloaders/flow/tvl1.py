@@ -8,7 +8,6 @@ the mean squared change of an iteration falls to epsilon squared.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataloaders.flow import kernels
+from dataloaders.workers import cores
 
 Floats = npt.NDArray[np.float32]
 
@@ -117,7 +117,7 @@ def tvl1(frames: npt.NDArray[np.uint8] | Floats, *, threads: int | None = None, 
         ValueError: the frames are not [T, H, W] of uint8 or float32 with T >= 1 and H, W >= 3, or threads < 1.
     """
     check_frames(str(frames.dtype), frames.shape)
-    threads = (os.cpu_count() or 1) if threads is None else threads
+    threads = len(cores()) if threads is None else threads
     if threads < 1:
         raise ValueError(f"threads is {threads}; expected 1 or more")
     pairs = len(frames) - 1

@@ -104,7 +104,6 @@ class R3D18(nn.Module):
 
     def __init__(self, num_classes: int, in_channels: int = 3, width: float = 1.0, *, dropout: float = 0.5) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.in_channels = in_channels
         self.dropout = dropout
         self.channels = tuple(scale_channels(c, width) for c in (64, 128, 256, 512))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import nn
 
 from rev2net.config import Config
@@ -15,6 +17,8 @@ from rev2net.models.rev2net import Rev2Net
 from rev2net.models.stm import STM
 from rev2net.models.tsm import TSM
 from rev2net.models.tsn import TSN
+
+log = logging.getLogger("rev2net")
 
 IMAGE_NETWORKS = {"tsn": TSN, "tsm": TSM, "stm": STM, "off": OFF}
 
@@ -56,7 +60,7 @@ def build_network(config: Config, num_classes: int) -> Network:
     """
     encoder = build_encoder(config, num_classes)
     if config.model.imagenet is not None:
-        load_imagenet(encoder, config.model.imagenet)
+        log.info("starting from ImageNet: %s", load_imagenet(encoder, config.model.imagenet))
     clip = (config.data.frames, config.data.size, config.data.size)
     network: Network
     if isinstance(encoder, I3D):

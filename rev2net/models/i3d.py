@@ -234,7 +234,6 @@ class I3D(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.dropout = dropout
         self.activation_checkpointing = activation_checkpointing
         c64, c192 = scale_channels(64, width), scale_channels(192, width)

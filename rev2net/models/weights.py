@@ -150,19 +150,19 @@ I3D_NAMING = Naming(
 
 
 def load_tensors(
-    network: nn.Module, tensors: Mapping[str, Tensor], naming: Naming, *, source: str, allow_new_head: bool = True
+    network: nn.Module, tensors: Mapping[str, Tensor], naming: Naming, *, source: str, other_classes: bool = False
 ) -> LoadReport:
     """Copy an encoder's tensors into `network`, all of them or (on an error) none.
 
-    Of a whole training network the encoder is taken. Only the counters of the batch normalisations may be missing
-    and, where `allow_new_head`, the classifier.
+    Of a whole training network the encoder is taken. Only the counters of the batch normalisations and the classifier
+    may be missing.
 
     Args:
         network: an encoder with a classifier.
         tensors: with the network's own keys or the published ones.
         naming: of this network.
         source: names the tensors in errors and in the report.
-        allow_new_head: False makes another number of classes an error.
+        other_classes: its classifier is for other classes than the network's, even if for as many.
 
     Raises:
         UserError: these are weights of an image network, or the first key, shape or channel count that does not fit.
@@ -185,10 +185,7 @@ def load_tensors(
     own = network.state_dict()
     _check_input_channels(own, tensors, source)
     wanted, classes = (_classes(named, naming.classifiers) for named in (own, tensors))
-    new_head = classes != wanted
-    if new_head and not allow_new_head:
-        had = "no classifier" if classes is None else f"a classifier for {classes} classes"
-        raise UserError(f"{source} has {had}, but the network has {wanted} classes; give weights for {wanted} classes.")
+    new_head = other_classes or classes != wanted
     fresh = {key for key in own if new_head and key.startswith(naming.classifiers)}
     given = {k: v for k, v in tensors.items() if not (new_head and k.startswith(naming.classifiers))}
     fill(network, given, fresh, source=source, advice=f"give weights of {name} in the same size")

@@ -155,7 +155,7 @@ def test_damaged_weights_are_refused_by_whoever_wants_them(
     words = ["checkpoint", "export-weights", str(tmp_path), str(tmp_path / "x.pt")]
     assert "is damaged" in refused(*words) and "is damaged" in refused(*words, "--all")
     with pytest.raises(UserError, match="is damaged"):
-        start_from(build_network(load_config("configs/demo.yaml", TINY), 8), str(tmp_path))
+        start_from(build_network(load_config("configs/demo.yaml", TINY), 8), str(tmp_path), ())
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 

@@ -118,7 +118,7 @@ def test_a_still_clip_has_no_temporal_gradient_at_any_level() -> None:
         assert in_motion[:, 64:].abs().amax((1, 2, 3)).min() > 0.01
 
 
-def test_logits_are_the_mean_of_the_feature_networks_and_the_last_levels() -> None:
+def test_logits_are_the_sum_of_the_feature_networks_and_the_last_levels() -> None:
     torch.manual_seed(0)
     model = lively()
     clip = torch.rand(2, 3, 4, 64, 64) * 2 - 1
@@ -134,7 +134,7 @@ def test_logits_are_the_mean_of_the_feature_networks_and_the_last_levels() -> No
     torch.testing.assert_close(scale_logits[0], alone.logits, rtol=0, atol=1e-4)
     torch.testing.assert_close(pooled[:, :512], alone.pooled, rtol=0, atol=1e-4)
     torch.testing.assert_close(scale_logits[3], last, rtol=0, atol=1e-4)
-    torch.testing.assert_close(logits, (alone.logits + last) / 2, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits, alone.logits + last, rtol=0, atol=1e-4)
 
 
 def test_every_level_stands_on_its_stage_and_on_the_finer_levels() -> None:

@@ -301,7 +301,7 @@ def test_init_from_replaces_the_head_only(trained: Trained, tiny_data: Path, tmp
     source = checkpoint.read_tensors(checkpoint.find(trained.output), "weights")
     tuned = checkpoint.read_tensors(checkpoint.find(tmp_path / "ft"), "weights")
     network = build_network(without_imagenet(config), 9)
-    start_from(network, start)
+    start_from(network, start, tuple("abcdefghi"))
     head = {"encoder.logits.conv3d.weight", "encoder.logits.conv3d.bias"}
     for name, tensor in network.state_dict().items():
         if name in head:
@@ -312,6 +312,11 @@ def test_init_from_replaces_the_head_only(trained: Trained, tiny_data: Path, tmp
                 torch.testing.assert_close(tuned[name], source[name])
     fresh = "flow_output.flow.weight"
     assert not torch.allclose(tuned[fresh], source[fresh])
+    classes = checkpoint.read_state(checkpoint.find(trained.output)).classes
+    for known, taken_over in ((classes, True), (("swim", *classes[1:]), False)):  # as many, but others
+        network = build_network(without_imagenet(config), 8)
+        start_from(network, start, known)
+        assert torch.equal(network.state_dict()[max(head)], source[max(head)]) == taken_over
 
 
 def test_p7_a_stop_does_not_wait_for_an_evaluation(tiny_data: Path, tmp_path: Path) -> None:
