@@ -11,18 +11,18 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, TextIO
 
+from torch import nn
+
+from dataloaders.batch import ClipBatch
 from dataloaders.errors import UserError, first_line
+from dataloaders.loader import EvalLoader
 from dataloaders.progress import Progress
+from dataloaders.shards import DataSet, check_output
+from rev2net.distributed import Ranks, join, read_ranks
 
-if TYPE_CHECKING:  # torch takes seconds, which a mistyped command should not
-    from torch import nn
-
-    from dataloaders.batch import ClipBatch
-    from dataloaders.loader import EvalLoader
-    from dataloaders.shards import DataSet
+if TYPE_CHECKING:  # rev2net.config brings torchvision, which takes seconds that a mistyped command should not
     from rev2net.checkpoint import RunState
     from rev2net.config import Config
-    from rev2net.distributed import Ranks
     from rev2net.evaluate import Metrics
     from rev2net.evaluation_log import EvaluationLog
 
@@ -172,8 +172,6 @@ def _open_log(streams: Sequence[_Stream], data: DataSet, split: str) -> Evaluati
 
 
 def _ranks() -> Ranks:
-    from rev2net.distributed import join, read_ranks
-
     ranks = read_ranks()
     if ranks.world_size > 1:
         join(ranks, None)
@@ -182,7 +180,6 @@ def _ranks() -> Ranks:
 
 def run_eval(args: argparse.Namespace) -> int:
     """`rev2net eval`."""
-    from dataloaders.shards import check_output
     from rev2net import pictures
     from rev2net.data import open_at
 

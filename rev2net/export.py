@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
 
 from dataloaders.batch import Stream
 from dataloaders.errors import UserError, first_line
@@ -20,10 +22,7 @@ from dataloaders.plan import ClipShape, Views
 from dataloaders.shards import check_output, written_aside
 from dataloaders.transcode import PrepareSettings
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
+if TYPE_CHECKING:  # rev2net.config brings torchvision, which takes seconds that a mistyped command should not
     from rev2net.checkpoint import RunState
     from rev2net.config import Config
 
@@ -43,7 +42,7 @@ DESCRIPTION = "rev2net.json"
 TOLERANCE = 1e-4
 """Of the logits of the file and of the checkpoint, absolute and relative."""
 
-Scorer = Callable[["torch.Tensor"], "torch.Tensor"]
+Scorer = Callable[[torch.Tensor], torch.Tensor]
 """From clips N C T H W to logits N x classes."""
 
 
@@ -143,8 +142,6 @@ def run_export(args: argparse.Namespace) -> int:
 
 def _check(network: nn.Module, scorer: Scorer, description: Description) -> float:
     """The largest difference of the file's logits; RuntimeError beyond `TOLERANCE`."""
-    import torch
-
     largest = 0.0
     for clips in (1, 3):
         clip = example(description, clips)
@@ -161,24 +158,18 @@ def _check(network: nn.Module, scorer: Scorer, description: Description) -> floa
 
 def example(description: Description, clips: int) -> torch.Tensor:
     """Random clips of the right shape, the same each time."""
-    import torch
-
     size = description.size
     shape = (clips, description.channels, description.frames, size, size)
     return torch.rand(shape, generator=torch.Generator().manual_seed(clips)).mul_(2).sub_(1)
 
 
 def _write_pt2(network: nn.Module, description: Description, path: Path) -> None:
-    import torch
-
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(network, (example(description, 2),), dynamic_shapes=({0: batch},))
     torch.export.save(program, path, extra_files={DESCRIPTION: description.model_dump_json()})
 
 
 def _write_onnx(network: nn.Module, description: Description, path: Path) -> None:
-    import torch
-
     program = torch.onnx.export(
         network,
         (example(description, 2),),
@@ -210,8 +201,6 @@ def is_exported(path: str | Path) -> bool:
 
 
 def _read_pt2(path: Path) -> tuple[Scorer, Description]:
-    import torch
-
     _refuse_pickles(path)
     extra: dict[str, str] = {DESCRIPTION: ""}
     try:
@@ -230,7 +219,6 @@ def _refuse_pickles(path: Path) -> None:
     """
     import io
 
-    import torch
     from torch.export.pt2_archive._package import PT2ArchiveReader
 
     allowed = ("archive_format", "archive_version", "byteorder", ".data/", "version", "models/model.json", "extra/",
@@ -260,7 +248,6 @@ def _refuse_pickles(path: Path) -> None:
 
 def _read_onnx(path: Path) -> tuple[Scorer, Description]:
     import onnxruntime
-    import torch
 
     try:
         session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())

@@ -10,17 +10,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from dataloaders.errors import DecodeError, UserError, first_line
-
-if TYPE_CHECKING:  # torch takes seconds, which a mistyped command should not
-    import torch
-    from torch import Tensor
-
-    from dataloaders.plan import Views
-    from dataloaders.windows import Window
-    from rev2net.export import Description, Scorer
+from dataloaders.plan import Views
+from dataloaders.transcode import PrepareSettings
+from dataloaders.windows import Window, open_video, windows
+from rev2net.distributed import read_ranks
+from rev2net.export import Description, Scorer, is_exported, read_exported
 
 _HELP = """The classes that videos show, by a checkpoint's test-time network or an exported one.
 
@@ -89,8 +90,6 @@ class Prediction:
     @property
     def whole(self) -> Scored:
         """The mean over the windows."""
-        import torch
-
         scores = torch.stack([window.scores for window in self.windows]).mean(0)
         return Scored(self.windows[0].start, self.windows[-1].end, scores)
 
@@ -114,12 +113,6 @@ class Predictor:
         Raises:
             UserError: there is none, or views or a precision that it cannot take.
         """
-        import torch
-
-        from dataloaders.plan import Views
-        from rev2net.distributed import read_ranks
-        from rev2net.export import Description, is_exported, read_exported
-
         if is_exported(path):
             device = torch.device("cpu")
             scorer, description = read_exported(Path(path))
@@ -139,8 +132,6 @@ class Predictor:
 
     def score(self, window: Window) -> Scored:
         """Mean softmax score over the window's views."""
-        import torch
-
         from rev2net.evaluate import autocast
 
         total: Any = 0.0
@@ -212,11 +203,6 @@ def _annotated(video: Path, copy: Path, prediction: Prediction, classes: Sequenc
 
 def _predict(predictor: Predictor, video: Path, args: argparse.Namespace, every: float) -> Prediction:
     """All windows of a video, told as they come unless as JSON."""
-    from tqdm import tqdm
-
-    from dataloaders.transcode import PrepareSettings
-    from dataloaders.windows import open_video, windows
-
     prediction = Prediction()
     settings = PrepareSettings.from_json(predictor.description.preparation)
     try:

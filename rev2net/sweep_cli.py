@@ -6,7 +6,7 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # torch takes seconds, which a mistyped command should not
+if TYPE_CHECKING:  # rev2net.config brings torchvision, which takes seconds that a mistyped command should not
     from rev2net.config import Config
     from rev2net.grid import Search
 
