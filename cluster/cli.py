@@ -15,6 +15,7 @@ from dataloaders.errors import UserError, describe_failure
 if TYPE_CHECKING:
     from cluster.doctor import Row
     from cluster.jobs import JobFolder
+    from cluster.site import Site
     from cluster.submit import Placement
     from rev2net.config import Config
 
@@ -285,18 +286,9 @@ def _refuse_dry_run_of_local(options: argparse.Namespace) -> None:
 
 
 def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
-    from cluster.jobs import Job, new_folder, now, possible_folders, record
+    from cluster.jobs import possible_folders
     from cluster.site import load_site
-    from cluster.submit import (
-        Placement,
-        local_gpus,
-        require_slurm,
-        sbatch_script,
-        submit_local,
-        submit_slurm,
-        wait_local,
-    )
-    from cluster.task import Task, TrainWork
+    from cluster.submit import Placement, require_slurm, sbatch_script
     from rev2net.config import load_config
 
     placement = Placement.from_options(
@@ -317,6 +309,14 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
         sys.stdout.write(sbatch_script(placement=placement, site=site, folder=folder, name=name))
         return 0
     _refuse_second(options, config.output)
+    return _start_training(config, placement, site, name, options)
+
+
+def _start_training(config: Config, placement: Placement, site: Site, name: str, options: argparse.Namespace) -> int:
+    from cluster.jobs import Job, new_folder, now, record
+    from cluster.submit import local_gpus, submit_local, submit_slurm, wait_local
+    from cluster.task import Task, TrainWork
+
     task = Task(work=TrainWork(config=config))
     with new_folder(options.folder, name, config.yaml()) as folder:
         if options.executor == "slurm":

@@ -267,6 +267,14 @@ PLACES = ("output", "data.path", "target.path", "init_from", "model.imagenet")
 """Keys that hold a path on some machine."""
 
 
+_OURS_FOR_DEEPSPEED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "torch_autocast",
+)
+
+
 class Config(Section):
     """A whole experiment."""
 
@@ -319,6 +327,7 @@ class Config(Section):
                 "model.compile=true does little with train.zero_stage=3, whose hooks break the graph at every module: "
                 "use stage 0, 1 or 2"
             )
+        self._check_deepspeed()
         self._check_model()
         self._check_durations()
         Augment(**self.augment.model_dump())
@@ -326,6 +335,17 @@ class Config(Section):
         if self.profile.steps is not None:
             parse_range(self.profile.steps, "profile.steps")
         return self
+
+    def _check_deepspeed(self) -> None:
+        given = self.train.deepspeed
+        for key in _OURS_FOR_DEEPSPEED:
+            if key in given:
+                raise ValueError(f"train.deepspeed has {key}, which follows from train.*: set it there")
+        zero = given.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"train.deepspeed.zero_optimization={zero} is no mapping: see DeepSpeed's documentation")
+        if zero.get("stage", self.train.zero_stage) != self.train.zero_stage:
+            raise ValueError("train.deepspeed has zero_optimization.stage: set train.zero_stage instead")
 
     def _check_model(self) -> None:
         model, data = self.model, self.data

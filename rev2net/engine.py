@@ -123,13 +123,7 @@ def deepspeed_config(config: Config, ranks: Ranks, parameters: int) -> dict[str,
     if train.precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[train.precision]
         tree["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "torch_autocast"):
-        if key in train.deepspeed:
-            raise UserError(f"train.deepspeed has {key}, which follows from train.*: set it there")
-    merged = laid_over(tree, train.deepspeed)
-    if merged["zero_optimization"].get("stage") != train.zero_stage:
-        raise UserError("train.deepspeed has zero_optimization.stage: set train.zero_stage instead")
-    return merged
+    return laid_over(tree, train.deepspeed)
 
 
 def conv3d_warning(torch_version: str, cudnn: int | None) -> str | None:
@@ -304,8 +298,7 @@ def build_engine(config: Config, ranks: Ranks, network: Network) -> Engine:
     """Hand a network (with its starting weights in place) to DeepSpeed.
 
     Raises:
-        UserError: SyncBatchNorm on a CPU, a batch that the ranks cannot divide, or `train.deepspeed` has what is not
-            to be set there.
+        UserError: SyncBatchNorm on a CPU, or a batch that the ranks cannot divide.
     """
     accumulation = micro_batches(config, ranks)
     if config.model.sync_bn:
