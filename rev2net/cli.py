@@ -127,6 +127,8 @@ def is_first() -> bool:
 def _quiet_libraries() -> None:
     for name in ("DeepSpeed", "alembic", "matplotlib", "torch.distributed", "numba"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns where there is a CUDA compiler and no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 
