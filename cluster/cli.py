@@ -314,7 +314,7 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _start_training(config: Config, placement: Placement, site: Site, name: str, options: argparse.Namespace) -> int:
     from cluster.jobs import Job, new_folder, now, record
-    from cluster.submit import local_gpus, submit_local, submit_slurm, wait_local
+    from cluster.submit import submit_local, submit_slurm, wait_local
     from cluster.task import Task, TrainWork
 
     task = Task(work=TrainWork(config=config))
@@ -322,8 +322,7 @@ def _start_training(config: Config, placement: Placement, site: Site, name: str,
         if options.executor == "slurm":
             job = submit_slurm(task, placement=placement, site=site, folder=folder, name=name)
         else:
-            (gpus,) = local_gpus(1, placement=placement, site=site)
-            job = submit_local(task, placement=placement, site=site, folder=folder, gpus=gpus)
+            job = submit_local(task, placement=placement, site=site, folder=folder)
         submitted = Job(
             ids=(job.job_id,),
             ranks=placement.tasks,

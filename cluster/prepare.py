@@ -14,15 +14,7 @@ from submitit.helpers import DelayedSubmission
 
 from cluster.jobs import Job, new_folder, now, possible_folders, record
 from cluster.site import Site
-from cluster.submit import (
-    Placement,
-    local_gpus,
-    sbatch_script,
-    slurm_executor,
-    slurm_refusals,
-    submit_local,
-    wait_local,
-)
+from cluster.submit import Placement, sbatch_script, slurm_executor, slurm_refusals, submit_local, wait_local
 from cluster.task import settle_requeue
 from dataloaders.errors import UserError, describe_failure
 from dataloaders.prepare_cli import add_prepare_arguments, run_prepare
@@ -78,9 +70,7 @@ class Preparation:
     def script(self) -> str:
         """The text that `sbatch` gets for the array."""
         folder = next(possible_folders(self.parent, _NAME))
-        # submitit makes no array of a single task.
-        array = self.tasks if self.tasks > 1 else None
-        return sbatch_script(placement=self._placement, site=self.site, folder=folder, name=_NAME, array=array)
+        return sbatch_script(placement=self._placement, site=self.site, folder=folder, name=_NAME, array=self.tasks)
 
     def submit(self) -> tuple[Job, Path]:
         """Submit the array, and a job that makes the shards once every task has ended, well or not.
@@ -118,9 +108,8 @@ class Preparation:
         ids: list[str] = []
         submitted = now()
         with new_folder(self.parent, _NAME) as folder:
-            (gpus,) = local_gpus(1, placement=self._placement, site=self.site)
             for task in (*self._shares(), PrepareTask(self.words)):
-                job = submit_local(task, placement=self._placement, site=self.site, folder=folder, gpus=gpus)
+                job = submit_local(task, placement=self._placement, site=self.site, folder=folder)
                 ids.append(job.job_id)
                 record(folder, self._job("local", ids, submitted))
                 failure = wait_local(job)

@@ -70,10 +70,10 @@ class _ScriptExecutor(SlurmExecutor):  # type: ignore[misc]
         return 2
 
 
-def sbatch_script(*, placement: Placement, site: Site, folder: Path, name: str, array: int | None = None) -> str:
+def sbatch_script(*, placement: Placement, site: Site, folder: Path, name: str, array: int = 1) -> str:
     """The text that `sbatch` gets, for one job or an array of `array`; `folder` is the job's, seen by all nodes."""
     executor = slurm_executor(placement=placement, site=site, folder=folder, name=name)
-    if array is not None:
+    if array > 1:  # submitit makes no array of a single task
         executor.parameters["map_count"] = array
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
@@ -157,14 +157,19 @@ def local_gpus(jobs: int, *, placement: Placement, site: Site) -> list[list[int]
 
 
 def submit_local(
-    task: Callable[[], object], *, placement: Placement, site: Site, folder: Path, gpus: Sequence[int]
+    task: Callable[[], object], *, placement: Placement, site: Site, folder: Path, gpus: Sequence[int] | None = None
 ) -> Any:
     """Start the tasks on this machine in the background and return submitit's job.
 
     Of the site, its time limit and `env` count: `setup` and `container` prepare a node for a process that here runs
-    already. `gpus` is one of `local_gpus`.
+    already. `gpus` is one of `local_gpus`, where several jobs run at once.
+
+    Raises:
+        UserError: as `local_gpus`.
     """
     assert placement.nodes == 1
+    if gpus is None:
+        (gpus,) = local_gpus(1, placement=placement, site=site)
     executor = LocalExecutor(folder, max_num_timeout=site.max_timeouts)
     executor.update_parameters(
         nodes=1,

@@ -71,9 +71,7 @@ class SweepArray:
     def script(self) -> str:
         """The text that `sbatch` gets."""
         folder = next(possible_folders(self.parent, self.name))
-        # submitit makes no array of a single task.
-        array = self.tasks if self.tasks > 1 else None
-        return sbatch_script(placement=self.placement, site=self.site, folder=folder, name=self.name, array=array)
+        return sbatch_script(placement=self.placement, site=self.site, folder=folder, name=self.name, array=self.tasks)
 
     def submit(self) -> tuple[Job, Path]:
         """Submit the array.

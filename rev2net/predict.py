@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import av
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -188,8 +189,6 @@ def run_predict(args: argparse.Namespace) -> int:
 
 def _annotated(video: Path, copy: Path, prediction: Prediction, classes: Sequence[str]) -> str | None:
     """Write the copy; why the encoder does not take the video."""
-    import av
-
     from rev2net.annotate import annotate
 
     try:

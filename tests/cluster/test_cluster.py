@@ -295,7 +295,7 @@ def test_p12_gpus_of_this_machine_are_those_that_the_user_allows(monkeypatch: py
 
 def start(work: Any, folder: Path, site: Site) -> Any:
     placement = Placement.from_options(nodes=1, gpus_per_node=None, tasks_per_node=2)
-    return submit_local(Task(work=work), placement=placement, site=site, folder=folder / "jobs", gpus=[])
+    return submit_local(Task(work=work), placement=placement, site=site, folder=folder / "jobs")
 
 
 def stoppable_work(folder: Path) -> Any:

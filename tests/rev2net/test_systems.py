@@ -198,7 +198,6 @@ def test_two_streams_are_fused(
         assert capsys.readouterr().out.endswith("mean of 2 splits: top1 62.5% +- 17.7%\n")
         checkpoints = [checkpoint.find(path) for path in (rgb, tmp_path / "second")]
         assert tested == [(checkpoints[0], str(tiny_data), "val"), (checkpoints[1], str(tmp_path / "data"), "val")]
-        capsys.readouterr()
         known = json.loads(second.read_text())
         second.write_text(json.dumps({**known, "classes": ["swim", *known["classes"][1:]]}))
         text = refused("splits", str(rgb), str(tmp_path / "second"), *views)
