@@ -45,7 +45,7 @@ from dataloaders.shards import (
     write_manifest,
 )
 from dataloaders.sources import SourceClip, SourceListing, shuffled
-from dataloaders.transcode import PrepareSettings, transcode
+from dataloaders.transcode import PrepareSettings, preparation_of, transcode
 from dataloaders.video import KEYFRAME_INTERVAL, MINIMUM
 from dataloaders.workers import worker_pool
 
@@ -253,7 +253,7 @@ def _claim(out: Path, identity: Mapping[str, Any]) -> bool:
 
 def _difference(found: Any, wanted: Mapping[str, Any]) -> str:
     try:
-        there, here = found["preparation"], wanted["preparation"]
+        there, here = preparation_of(found["preparation"]), wanted["preparation"]
         names = dict.fromkeys([*here, *there])
         changed = [f"{n} {there.get(n)} (now {here.get(n)})" for n in names if there.get(n) != here.get(n)]
     except (TypeError, KeyError):

@@ -35,6 +35,16 @@ _CHUNK: dict[FlowDevice, int] = {"cpu": 16, "cuda": 64}
 """Frame pairs per call of the estimator: memory stays the same for a clip of any length."""
 
 
+DECODING = 2
+"""How sources are read, as one of a data set's settings. By 1 some AVIs (all of HMDB51's) had frames dropped and
+doubled, interlaced pictures were combed, and most files that were cut off passed for whole."""
+
+
+def preparation_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a manifest; those from before `decoding` was written are of the first."""
+    return {"decoding": 1, **raw}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareSettings:
     """What decides the bytes of a prepared data set.
@@ -90,7 +100,8 @@ class PrepareSettings:
         try:
             fps, size = raw["fps"], raw["size"]
             exact = {"fps": None if fps is None else Fraction(fps), "size": None if size is None else tuple(size)}
-            settings = cls(**{**raw, **exact, "flow_device": "cpu"})
+            own = {name: value for name, value in raw.items() if name != "decoding"}
+            settings = cls(**{**own, **exact, "flow_device": "cpu"})
             settings.check()
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"settings of a preparation are damaged ({error}): use another file") from error
@@ -101,6 +112,7 @@ class PrepareSettings:
         # Only where it changes the bytes.
         device = {"flow_device": self.flow_device} if self.flow_scale is not None and self.flow_device != "cpu" else {}
         return {
+            "decoding": DECODING,
             "codec": self.codec,
             "fps": None if self.fps is None else str(self.fps),
             "short_side": self.short_side,

@@ -6,8 +6,10 @@ after the other, BT.601 limited range (flow: full range, chroma 128).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +21,8 @@ import av
 import av.error
 import numpy as np
 import numpy.typing as npt
+from av.sidedata.sidedata import Type as SideData
+from av.stream import Disposition
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
 from dataloaders.errors import DecodeError
@@ -37,8 +41,12 @@ MINIMUM: dict[Codec, tuple[int, int]] = {"h264": (48, 16), "vp9": (128, 128)}
 MAX_GAP_SECONDS = 60.0
 """A larger step between two timestamps is damage: filling it with copies would take for ever."""
 
+RESET_SECONDS = 1.0
+"""A larger step back between two timestamps is a clock that starts again, as where two files were joined."""
+
 _WHOLE = 0.9
-"""Share of an AVI's frames that must come: its header may count some that no decoder gives, as HMDB51's do by one."""
+"""Share of a file's frames, or of its duration, that must come, and be whole: an AVI's header may count some that no
+decoder gives, as HMDB51's do by one, and the first ones of a broadcast may lack what they refer to."""
 
 _SMPTE170M = 6
 """H.273's number of BT.601 (525 lines) as matrix, primaries and transfer curve."""
@@ -78,10 +86,15 @@ _GRAY_OF_LUMA: npt.NDArray[np.uint8] = np.clip(
 
 
 def video_stream(container: Any) -> Any:
-    """The first video stream of what PyAV has opened; ValueError where there is none that FFmpeg has a decoder for."""
-    if not container.streams.video:
+    """The first video stream of what PyAV has opened, which a picture on the cover of a sound file is not.
+
+    Raises:
+        ValueError: there is none that FFmpeg has a decoder for.
+    """
+    cover = Disposition.attached_pic
+    stream = next((stream for stream in container.streams.video if not stream.disposition & cover), None)
+    if stream is None:
         raise ValueError("holds no video stream")
-    stream = container.streams.video[0]
     if stream.codec_context is None:
         raise ValueError("its video is encrypted, or in a codec that FFmpeg does not know")
     return stream
@@ -91,6 +104,58 @@ def _nearest(value: Fraction) -> int:
     # Exact, and halves upwards: of 50 frames a second every other one lies halfway between two of 25, and rounded to
     # the even one they would go by steps of one and three frames.
     return math.floor(value + Fraction(1, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class _Orientation:
+    """How a stored picture is to be shown: its axes exchanged first, then mirrored."""
+
+    sideways: bool = False
+    mirror_x: bool = False
+    mirror_y: bool = False
+
+    @classmethod
+    def of(cls, frame: Any) -> _Orientation:
+        """As the file's display matrix says; of other turns than by 90 degrees the nearest, as players do."""
+        matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+        if matrix is None:
+            return cls()
+        x_of_x, y_of_x, _, x_of_y, y_of_y = struct.unpack("=5i", bytes(matrix)[:20])
+        if abs(y_of_x) > abs(x_of_x):
+            return cls(sideways=True, mirror_x=x_of_y < 0, mirror_y=y_of_x < 0)
+        return cls(mirror_x=x_of_x < 0, mirror_y=y_of_y < 0)
+
+    def show(self, picture: I420) -> I420:
+        """The picture turned and mirrored."""
+        if self == _Orientation():
+            return picture
+        height, width = picture.shape[0] * 2 // 3, picture.shape[1]
+        chroma = picture[height:].reshape(2, height // 2, width // 2)
+        planes = [plane.T if self.sideways else plane for plane in (picture[:height], chroma[0], chroma[1])]
+        planes = [plane[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1] for plane in planes]
+        luma = planes[0]
+        return np.concatenate([luma, *(plane.reshape(-1, luma.shape[1]) for plane in planes[1:])])
+
+
+class _OneField:
+    """Of an interlaced picture, whose two halves are of two moments, the lines of the first."""
+
+    def __init__(self) -> None:
+        self._graph: Any = None
+        self._form: tuple[int, int, str] | None = None
+
+    def __call__(self, frame: Any) -> Any:
+        form = (frame.width, frame.height, frame.format.name)
+        if form != self._form:
+            self._graph, self._form = av.filter.Graph(), form
+            width, height, pixels = form
+            source = self._graph.add_buffer(width=width, height=height, format=pixels, time_base=frame.time_base)
+            field, sink = self._graph.add("field", "type=top"), self._graph.add("buffersink")
+            source.link_to(field)
+            field.link_to(sink)
+            self._graph.configure()
+        self._graph.push(frame)
+        return self._graph.pull()
 
 
 class VideoSource:
@@ -105,7 +170,8 @@ class VideoSource:
         seconds: duration, as far as the file knows it; None where it does not.
 
     Raises:
-        DecodeError: on construction and while reading, for whatever the decoder refuses.
+        DecodeError: on construction and while reading, for whatever the decoder refuses; at its end for a file that
+            was cut off, as far as it says how long it is, and for one of which much is damaged.
     """
 
     def __init__(self, path: Path, *, threads: int = 1) -> None:
@@ -115,7 +181,7 @@ class VideoSource:
             # Some HMDB51 files hold metadata that is not UTF-8. Without `file:` a name like 12:30.mp4 is an address.
             self._container = av.open(f"file:{path}", metadata_errors="ignore")
         except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise DecodeError(str(path), _reason(error)) from error
+            raise DecodeError(str(path), _unopened(path, error)) from error
         try:
             self._start()
         except BaseException:
@@ -133,31 +199,50 @@ class VideoSource:
         self.fps = Fraction(rate) if rate else Fraction(25)
         known = self._container.duration
         self.seconds = None if known is None else known / av.time_base
+        self._avi = self._container.format.name == "avi"
         self._decoded = self._decode(stream)
         first = next(self._decoded, None)
         if first is None:
             raise DecodeError(str(self._path), "holds no frame")
         self._first = first
-        # A multiple of 90 degrees, counter-clockwise; other angles are not honoured by players either.
-        self._quarter_turns = round(first.rotation / 90) % 4
+        self._orientation = _Orientation.of(first)
+        self._one_field = _OneField()
         aspect = float(stream.sample_aspect_ratio or 1)
         width = round(first.width * aspect) if 0.25 <= aspect <= 4 else first.width
-        sideways = self._quarter_turns % 2 == 1
-        self.width, self.height = (first.height, width) if sideways else (width, first.height)
+        self.width, self.height = (first.height, width) if self._orientation.sideways else (width, first.height)
+
+    def _stamp(self, frame: Any) -> int | None:
+        # An AVI holds no times: those of its pictures are made up in the order of its packets, which is another one
+        # where there are B-frames (HMDB51). The decoder's own are in order, and without B-frames the same.
+        return frame.dts if self._avi else frame.pts  # type: ignore[no-any-return]
 
     def _decode(self, stream: Any) -> Iterator[Any]:
-        end = 0
+        count = damaged = number = 0
+        begin = end = None
         try:
             for frame in self._container.decode(stream):
                 yield frame
+                count += 1
+                damaged += frame.is_corrupt
+                stamp = self._stamp(frame)
                 # An AVI's timestamps are numbers of frames. Repeated ones, which are not stored, are counted there.
-                end = max(end + 1, (frame.pts or 0) + 1)
+                number = max(number, stamp or 0) + 1
+                if stamp is not None:
+                    begin = stamp if begin is None else begin
+                    end = max(end or stamp, stamp + (frame.duration or 0))
         except (av.error.FFmpegError, ValueError) as error:
             raise DecodeError(str(self._path), _reason(error)) from error
-        # FFmpeg is silent about an AVI that was cut off, and reports other files or knows no number of their frames. An
-        # MP4's number says nothing: it counts what an edit list leaves out.
-        if self._container.format.name == "avi" and 0 < end < _WHOLE * stream.frames:
-            raise DecodeError(str(self._path), f"ends after {end} of {stream.frames} frames: it was cut off")
+        if damaged > (1 - _WHOLE) * count:
+            raise DecodeError(str(self._path), f"{damaged} of its {count} frames are damaged")
+        # FFmpeg says nothing of a file that was cut off. An MP4's number of frames says nothing either: it counts what
+        # an edit list leaves out, which its duration does not.
+        if self._avi and 0 < number < _WHOLE * stream.frames:
+            raise DecodeError(str(self._path), f"ends after {number} of {stream.frames} frames: it was cut off")
+        known = None if self._avi else _seconds(self._container, stream)
+        if known is not None and begin is not None and end is not None:
+            came = float((end - begin) * stream.time_base + 1 / self.fps)  # the last frame may have no duration
+            if came < _WHOLE * known:
+                raise DecodeError(str(self._path), f"ends after {came:.1f} of {known:.1f} s: it was cut off")
 
     def frames(self, width: int, height: int, fps: Fraction | None) -> Iterator[I420]:
         """All frames at the given size, once; at `fps` by repeating and dropping, or as they are (None).
@@ -169,47 +254,61 @@ class VideoSource:
             for frame in self._with_first():
                 yield self._convert(frame, width, height)
             return
-        period = 1 / self.fps
-        start = last_time = Fraction(0)
         slot = -1
         held: I420 | None = None
-        for count, frame in enumerate(self._with_first()):
-            time = last_time + period if frame.pts is None else frame.pts * frame.time_base
-            if count == 0:
-                start = last_time = time
-            if time - last_time > MAX_GAP_SECONDS:
-                raise DecodeError(str(self._path), f"timestamps jump by {float(time - last_time):.0f} s")
-            last_time = max(time, last_time)
-            new_slot = max(slot, _nearest((last_time - start) * fps))
+        time = Fraction(0)
+        for frame, time in self._timed():
+            new_slot = max(slot, _nearest(time * fps))
             if held is not None:
                 for _ in range(new_slot - slot):
                     yield held
             held, slot = self._convert(frame, width, height), new_slot
         assert held is not None, "the first frame is always there"
-        end = _nearest((last_time - start + period) * fps)
+        end = _nearest((time + 1 / self.fps) * fps)
         for _ in range(max(end - slot, slot == 0)):  # the last may come where no slot is left; the first is shown
             yield held
+
+    def _timed(self) -> Iterator[tuple[Any, Fraction]]:
+        """Each frame and its time in seconds from the first one's, which never runs backwards."""
+        period = 1 / self.fps
+        begin, last = None, Fraction(0)
+        for frame in self._with_first():
+            stamp = self._stamp(frame)
+            shown = None if stamp is None else stamp * frame.time_base
+            if begin is None:
+                begin = shown or Fraction(0)
+                shown = begin
+            time = last + period if shown is None else shown - begin
+            if shown is not None and time < last - RESET_SECONDS:
+                time = last + period
+                begin = shown - time
+            if time - last > MAX_GAP_SECONDS:
+                raise DecodeError(str(self._path), f"timestamps jump by {float(time - last):.0f} s")
+            last = max(time, last)
+            yield frame, last
 
     def _with_first(self) -> Iterator[Any]:
         yield self._first
         yield from self._decoded
 
     def _convert(self, frame: Any, width: int, height: int) -> I420:
-        sideways = self._quarter_turns % 2 == 1
+        sideways = self._orientation.sideways
         full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+        matrix = _matrix(frame.colorspace)
+        if frame.interlaced_frame:
+            frame = self._one_field(frame)
         converted = frame.reformat(
             width=height if sideways else width,
             height=width if sideways else height,
             format="yuv420p",
-            src_colorspace=_matrix(frame.colorspace),
+            src_colorspace=matrix,
             dst_colorspace=Colorspace.ITU601,
             src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
             dst_color_range=ColorRange.MPEG,
             interpolation=_SCALING,
             threads=1,
         )
-        picture: I420 = converted.to_ndarray()
-        return _rotate(picture, self._quarter_turns) if self._quarter_turns else picture
+        return self._orientation.show(converted.to_ndarray())
 
     def close(self) -> None:
         """Close the file."""
@@ -370,12 +469,16 @@ def _to_block(length: float) -> int:
     return max(1, int(length / BLOCK + 0.5)) * BLOCK
 
 
-def _rotate(picture: I420, quarter_turns: int) -> I420:
-    height, width = picture.shape[0] * 2 // 3, picture.shape[1]
-    chroma = picture[height:].reshape(2, height // 2, width // 2)
-    planes = [np.rot90(plane, quarter_turns) for plane in (picture[:height], chroma[0], chroma[1])]
-    luma = planes[0]
-    return np.concatenate([luma, *(plane.reshape(-1, luma.shape[1]) for plane in planes[1:])])
+def _seconds(container: Any, stream: Any) -> float | None:
+    """How long the video is by what its file says; None where that may be the sound's length, or is not known."""
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    hours, _, rest = stream.metadata.get("DURATION", "").partition(":")  # Matroska, 00:00:02.400000000
+    minutes, _, seconds = rest.partition(":")
+    with contextlib.suppress(ValueError):
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    alone = len(container.streams) == 1 and container.duration is not None
+    return container.duration / av.time_base if alone else None
 
 
 def _matrix(colorspace: int) -> Colorspace:
@@ -383,6 +486,12 @@ def _matrix(colorspace: int) -> Colorspace:
     known = {1: Colorspace.ITU709, 4: Colorspace.FCC, 7: Colorspace.SMPTE240M}
     known.update(dict.fromkeys((9, 10), Colorspace.BT2020))
     return known.get(colorspace, Colorspace.ITU601)
+
+
+def _unopened(path: Path, error: BaseException) -> str:
+    if isinstance(error, av.error.InvalidDataError):
+        return "it is no video, or was cut off" if path.stat().st_size else "the file is empty"
+    return "holds no frame" if isinstance(error, av.error.EOFError) else _reason(error)
 
 
 def _reason(error: BaseException) -> str:

@@ -39,12 +39,14 @@ def write_video(
     times: Iterable[int] | None = None,
     tags: Mapping[str, int] | None = None,
     crf: int = 8,
+    options: Mapping[str, str] | None = None,
+    container_options: Mapping[str, str] | None = None,
 ) -> Path:
-    """Encode RGB pictures; `times` are presentation times in 1/1000 s."""
+    """Encode RGB pictures; `times` are presentation times in 1/1000 s, options those of FFmpeg's encoder and muxer."""
     path.parent.mkdir(parents=True, exist_ok=True)
     clock = iter(times) if times is not None else None
-    options = {"crf": str(crf)} if codec == "libx264" else {}
-    with av.open(str(path), "w") as container:
+    options = ({"crf": str(crf)} if codec == "libx264" else {}) | dict(options or {})
+    with av.open(str(path), "w", options=dict(container_options or {})) as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.pix_fmt = pix_fmt
         if codec == "mpeg4":

@@ -217,9 +217,9 @@ def test_p8_a_bad_file_is_quarantined_with_its_reason(tmp_path: Path, capsys: py
     (source / "run" / "bad.mp4").write_text("no video")
     assert command("folder", source, tmp_path / "out", "--short-side", 64, "--no-flow", "--workers", 1) == 0
     captured = capsys.readouterr()
-    assert "1 quarantined" in captured.out and "quarantined run/bad.mp4: Invalid data" in captured.err
+    assert "1 quarantined" in captured.out and "quarantined run/bad.mp4: it is no video, or was cut off" in captured.err
     rows = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
-    assert [(row["file"], row["reason"][:12]) for row in rows] == [("run/bad.mp4", "Invalid data")]
+    assert [(row["file"], row["reason"]) for row in rows] == [("run/bad.mp4", "it is no video, or was cut off")]
     data = DataSet.open(tmp_path / "out")
     assert sum(map(data.num_samples, data.splits)) == 6
     of_split = {entry["split"]: 1 for entry in rows}
@@ -265,7 +265,7 @@ def test_p12_when_every_file_is_bad_nothing_is_left(tmp_path: Path) -> None:
     for i in range(2):
         (tmp_path / "in/run").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"in/run/bad{i}.mp4").write_text("no video")
-    with pytest.raises(UserError, match=r"no clip of the split train can be decoded.*run/bad0\.mp4 \(Invalid"):
+    with pytest.raises(UserError, match=r"no clip of the split train can be decoded.*run/bad0\.mp4 \(it is no video"):
         prepare(read_folder(tmp_path / "in", val_fraction=0), tmp_path / "out", NO_FLOW)
     assert not (tmp_path / "out").exists()
 

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import struct
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -13,6 +15,7 @@ import numpy.typing as npt
 import pytest
 from clips import moving, write_video
 from nvidia.dali import fn, pipeline_def
+from PIL import Image
 
 from dataloaders.errors import DecodeError
 from dataloaders.video import (
@@ -174,6 +177,35 @@ def test_rotation_metadata_is_applied(tmp_path: Path, turns: int) -> None:
     assert np.abs(patch_centres(decoded) - COLOURS).max() <= 6
 
 
+@pytest.mark.parametrize("sideways", [False, True])
+@pytest.mark.parametrize(("x", "y"), [(1, -1), (-1, 1), (-1, -1)])
+def test_mirrored_pictures_are_shown_as_the_file_says(tmp_path: Path, sideways: bool, x: int, y: int) -> None:
+    """QuickTime's matrix: shown = (a * x + c * y, b * x + d * y) of what is stored."""
+    shown = patches(COLOURS)
+    stored = shown[::y, ::x]
+    source = write_video(tmp_path / "s.mp4", [stored.transpose(1, 0, 2) if sideways else stored] * 3)
+    data = source.read_bytes()
+    one = 0x10000
+    a, b, c, d = (0, y * one, x * one, 0) if sideways else (x * one, 0, 0, y * one)
+    at = data.index(struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 0x40000000), data.index(b"tkhd"))
+    source.write_bytes(data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000) + data[at + 36 :])
+    with av.open(io.BytesIO(to_video(source, "h264", 192, 128))) as container:
+        decoded = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert np.abs(patch_centres(decoded) - COLOURS).max() <= 6
+
+
+def test_an_interlaced_picture_is_that_of_one_moment(tmp_path: Path) -> None:
+    """Of a pattern that moves between its two fields, resized across them."""
+    first, second = moving(2, 128, 128, step=10)
+    woven = np.where((np.arange(128) % 2 == 0)[:, None, None], first, second)
+    shown = []
+    for number, (picture, flags) in enumerate(((woven, "+ilme+ildct"), (first, "0"), (second, "0"))):
+        options = {"flags": flags, "b": "20000000"}
+        source = write_video(tmp_path / f"{number}.ts", [picture] * 3, codec="mpeg2video", options=options)
+        shown.append(gray(pictures_of(source, 96, 64, None)[1]).astype(int))
+    assert np.abs(shown[0] - shown[1]).mean() < 0.2 * np.abs(shown[0] - shown[2]).mean()
+
+
 def numbered(count: int) -> list[npt.NDArray[np.uint8]]:
     return [np.full((48, 64, 3), 5 * i, np.uint8) for i in range(count)]
 
@@ -189,6 +221,40 @@ def test_a_file_s_name_is_no_address_and_no_pattern(tmp_path: Path, monkeypatch:
     Path("plain.mp4").rename(name)
     with VideoSource(Path(name)) as source:
         assert source.width == 64
+
+
+@pytest.mark.parametrize("threads", [1, 0])
+def test_an_avi_with_b_frames_keeps_every_frame(tmp_path: Path, threads: int) -> None:
+    """It holds no times: what stands for them follows the order of its packets, in HMDB51's files too."""
+    source = write_video(tmp_path / "s.avi", numbered(40), options={"bf": "2"})
+    with av.open(str(source)) as container:
+        stamps = [frame.pts for frame in container.decode(video=0) if frame.pts is not None]
+        assert stamps != sorted(stamps), "this file would not tell"
+    with VideoSource(source, threads=threads) as video:
+        assert numbers_of(list(video.frames(64, 48, Fraction(25)))) == list(range(40))
+
+
+def test_real_avis_keep_every_frame(shared_videos: Path) -> None:
+    """Steps of the stored frames: of 25 a second all, of 30 all but every sixth."""
+    found = sorted(path for name in ("hmdb51", "ucf101") for path in (shared_videos / name).rglob("*.avi"))
+    assert len(found) == 11
+    for path in found:
+        with VideoSource(path) as video:
+            count = itertools.count()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(video, "_convert", lambda *_, count=count: next(count))
+                numbers = cast("list[int]", list(video.frames(64, 48, Fraction(25))))
+            steps = {b - a for a, b in pairwise(numbers)}
+            assert steps == ({1} if video.fps == 25 else {1, 2}), path.name
+            assert len(numbers) == pytest.approx(next(count) * 25 / video.fps, abs=1)
+
+
+def test_a_clock_that_starts_again_loses_no_frame(tmp_path: Path) -> None:
+    """Two broadcasts, one file behind the other."""
+    data = write_video(tmp_path / "one.ts", numbered(40), codec="mpeg2video").read_bytes()
+    (tmp_path / "two.ts").write_bytes(2 * data)
+    shown = pictures_of(tmp_path / "two.ts", 64, 48, Fraction(25))
+    assert numbers_of(shown) == [*range(40), *range(40)]
 
 
 def test_a_source_at_the_wanted_rate_keeps_every_frame(tmp_path: Path) -> None:
@@ -293,7 +359,9 @@ def test_p8_a_file_that_is_no_video_is_refused_with_a_reason(tmp_path: Path, con
         file.write_bytes(write_video(tmp_path / "whole.mp4", moving()).read_bytes()[:900])
     else:
         file.write_bytes(b"this is a text\n" * 100 if content == "text" else b"")
-    with pytest.raises(DecodeError, match=r"s\.mp4: \S"):
+    reasons = {"sound": "holds no video stream", "empty": "the file is empty"}
+    reason = reasons.get(content, "it is no video, or was cut off")
+    with pytest.raises(DecodeError, match=rf"s\.mp4: {reason}$"):
         pictures_of(file, 64, 64, Fraction(25))
 
 
@@ -305,6 +373,57 @@ def test_p8_an_avi_that_was_cut_off_is_refused(tmp_path: Path, fps: Fraction | N
     with pytest.raises(DecodeError, match=r"cut\.avi: ends after \d\d of 40 frames: it was cut off"):
         pictures_of(tmp_path / "cut.avi", 64, 64, fps)
     assert len(pictures_of(whole, 64, 64, fps)) == 40
+
+
+@pytest.mark.parametrize("name", ["s.mp4", "s.mkv", "s.webm", "s.mov"])
+def test_p8_other_files_that_were_cut_off_are_refused(tmp_path: Path, name: str) -> None:
+    """Those that say how long they are before their pictures, as what is put into the web does."""
+    codec = {"s.webm": "libvpx-vp9", "s.mov": "mpeg4"}.get(name, "libx264")
+    start = {"movflags": "faststart"} if name in ("s.mp4", "s.mov") else {}
+    whole = write_video(tmp_path / name, moving(60, 128, 128), codec=codec, container_options=start)
+    assert len(pictures_of(whole, 64, 64, None)) == 60
+    data = whole.read_bytes()
+    whole.write_bytes(data[: len(data) * 6 // 10])
+    with pytest.raises(DecodeError, match=r"ends after \d\.\d of 2\.4 s: it was cut off|Invalid data"):
+        pictures_of(whole, 64, 64, None)
+
+
+def test_p8_a_file_of_which_much_is_damaged_is_refused(tmp_path: Path) -> None:
+    """Decoders make pictures of damage, and mark them."""
+    source = write_video(tmp_path / "s.mkv", moving(60, 128, 128), codec="mpeg4")
+    data = bytearray(source.read_bytes())
+    with av.open(str(source)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    for position, size in packets[10:20]:
+        data[position + size // 2 : position + size] = bytes(size - size // 2)
+    source.write_bytes(data)
+    with pytest.raises(DecodeError, match=r"\d+ of its \d+ frames are damaged"):
+        pictures_of(source, 64, 64, None)
+
+
+def test_p8_a_picture_on_the_cover_is_no_video(tmp_path: Path) -> None:
+    file = tmp_path / "s.mp3"
+    tag = b"APIC" + struct.pack(">I", 13 + len(cover := png())) + b"\0\0\0image/png\0\3\0" + cover
+    size = len(tag)
+    header = b"ID3\3\0\0" + bytes((size >> shift) & 0x7F for shift in (21, 14, 7, 0))
+    with av.open(str(tmp_path / "plain.mp3"), "w", format="mp3", options={"id3v2_version": "0"}) as container:
+        stream = container.add_stream("libmp3lame", rate=44100)
+        for _ in range(20):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.float32), format="fltp", layout="mono")
+            frame.rate = 44100
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    file.write_bytes(header + tag + (tmp_path / "plain.mp3").read_bytes())
+    with av.open(str(file)) as container:
+        assert len(container.streams.video) == 1
+    with pytest.raises(DecodeError, match=r"s\.mp3: holds no video stream"):
+        pictures_of(file, 64, 64, None)
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(file, "png")
+    return file.getvalue()
 
 
 def test_frames_that_a_whole_file_counts_and_does_not_show_are_not_missed(tmp_path: Path) -> None:
