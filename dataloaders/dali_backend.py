@@ -6,6 +6,7 @@ what a clip is comes in as data, so nothing random happens inside.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from dataloaders.batch import ClipRequest, RawClips
 from dataloaders.errors import DecodeError, UserError
 from dataloaders.plan import flow_crop
 from dataloaders.trim import trim
+
+_NO_MEMORY = re.compile(r"out.of.memory|bad_alloc", re.IGNORECASE)
+"""What DALI and PyTorch say where a GPU, or the machine, has none left."""
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 """What `decoders.video` decodes without a GPU."""
@@ -173,6 +177,8 @@ class DALIBackend:
             try:
                 self._run([request])
             except RuntimeError as error:
+                if _NO_MEMORY.search(str(error)):
+                    raise  # which says nothing of the clip
                 self._pipeline = self._fresh()
                 return DecodeError(request.key, _reason(error))
         return None

@@ -1,4 +1,4 @@
-"""The two errors that the rest of the system reacts to by type, and what the commands say about the others."""
+"""The errors that the rest of the system reacts to by type, and what the commands say about the others."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ class DecodeError(RuntimeError):
         super().__init__(f"{key}: {reason}")
         self.key = key
         self.reason = reason
+
+
+class ReadError(DecodeError):
+    """A sample that the disk or the network did not give: nothing is known of the video itself."""
 
 
 def first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dataloaders.batch import ClipBatch, ClipRequest, RawClips, to_batch
-from dataloaders.errors import DecodeError, UserError
+from dataloaders.errors import DecodeError, ReadError, UserError
 from dataloaders.keyed import Purpose, hash64
 from dataloaders.lanes import Ahead, BackendName, Lane, make_lanes
 from dataloaders.order import GlobalOrder
@@ -303,6 +303,7 @@ class EvalLoader:
             with_flow=with_flow,
             with_rgb=with_rgb,
         )
+        self._ahead: Ahead[list[tuple[int, int]], _Loaded] | None = None
         self.failed: list[Failure] = []
 
     def __len__(self) -> int:
@@ -310,24 +311,25 @@ class EvalLoader:
         return math.ceil(len(self._videos) * self._views.count / self._batch_size)
 
     def __iter__(self) -> Iterator[ClipBatch]:
+        if self._ahead is not None:
+            self._ahead.close()
         self.failed = []
         known: set[int] = set()
-        ahead = Ahead(self._lanes, self._load, self._tasks(), max(self._prefetch, len(self._lanes)))
-        try:
-            for loaded in ahead:
-                for failure in loaded.failed:
-                    if failure.sample not in known:
-                        known.add(failure.sample)
-                        self.failed.append(failure)
-                        log.warning("video %s counts as wrong: %s", failure.key, failure.reason)
-                if loaded.requests:
-                    yield loaded.finish(self._device)
-        finally:
-            ahead.close()
+        self._ahead = Ahead(self._lanes, self._load, self._tasks(), max(self._prefetch, len(self._lanes)))
+        for loaded in self._ahead:
+            for failure in loaded.failed:
+                if failure.sample not in known:
+                    known.add(failure.sample)
+                    self.failed.append(failure)
+                    log.warning("video %s counts as wrong: %s", failure.key, failure.reason)
+            if loaded.requests:
+                yield loaded.finish(self._device)
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stop the threads; what they are at is done before the lanes close."""
         self._fetch.close()
+        if self._ahead is not None:
+            self._ahead.close()
         for lane in self._lanes:
             lane.close()
 
@@ -356,6 +358,8 @@ class EvalLoader:
             wanted = {view for other, view in clips if other == video}
             try:
                 requests += self._requests(lane, video, wanted)
+            except ReadError:
+                raise  # an accuracy without the videos that a mount did not give would look like any other
             except DecodeError as error:
                 label = self._source.label(lane, self._order.locate(video))
                 failed.append(Failure(sample=video, key=error.key, label=label, reason=error.reason))

@@ -24,7 +24,7 @@ from typing import Any
 
 from webdataset.writer import TarWriter
 
-from dataloaders.errors import DecodeError, UserError
+from dataloaders.errors import DecodeError, ReadError, UserError
 from dataloaders.remote import CACHE_GB, ShardCache, default_cache, is_url, read_url
 
 FORMAT = 1
@@ -378,7 +378,9 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def check_output(path: Path, suffixes: Sequence[str]) -> None:
-    """UserError for a file that is to be written under a name of another kind, or in no folder."""
+    """UserError for a file that is to be written under a name of another kind, in no folder, or over one."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the file another name")
     if path.suffix not in suffixes:
         raise UserError(f"{path} is neither {' nor '.join(suffixes)}: give the file one of these endings")
     if not path.parent.is_dir():
@@ -493,7 +495,8 @@ class ShardReader:
         """The sample's parts by extension; an extension that the sample lacks is left out.
 
         Raises:
-            DecodeError: the tar ends before the sample does, or the disk cannot read it.
+            DecodeError: the tar ends before the sample does.
+            ReadError: the disk cannot read it.
         """
         parts: dict[str, bytes] = {}
         for extension, offset, size, name in _components(self._lines[index]):
@@ -502,7 +505,7 @@ class ShardReader:
             try:
                 data = os.pread(self._descriptor, size, offset)
             except OSError as error:
-                raise DecodeError(_split_key(name), f"{self.path.name}: {error}") from error
+                raise ReadError(_split_key(name), f"{self.path.name}: {error}") from error
             if len(data) != size:
                 raise DecodeError(_split_key(name), f"{self.path.name} ends inside {name}")
             parts[extension] = data

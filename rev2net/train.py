@@ -17,12 +17,11 @@ from torch import Tensor
 
 from dataloaders.bad_clips import BadClips
 from dataloaders.batch import ClipBatch
-from dataloaders.errors import UserError
 from dataloaders.keyed import hash64
 from dataloaders.loader import EvalLoader
 from dataloaders.shards import DataSet, write_atomically
 from rev2net import checkpoint, pictures, snapshot
-from rev2net.config import PLACES, Config, config_from_tree, to_steps
+from rev2net.config import Config, to_steps
 from rev2net.data import counts, eval_loader, open_data, open_target, train_loader
 from rev2net.distributed import Ranks, join, limit_collectives, read_ranks
 from rev2net.engine import Engine, build_engine, conv3d_warning, micro_batches, settle_precision
@@ -35,6 +34,7 @@ from rev2net.models.imagenet import load_weights
 from rev2net.optim import Schedule, build_schedule, fading, growing
 from rev2net.outbox import run_of
 from rev2net.progress import Profile, StepLog
+from rev2net.resume import refuse_another_run
 from rev2net.tracking import Tracker
 
 log = logging.getLogger("rev2net")
@@ -185,15 +185,7 @@ class TrainingRun:
                 start_from(network, self.config.init_from, self.data.classes)
             return build_engine(self.config, self.ranks, network), None
         state = checkpoint.read_state(resumed)
-        if state.classes != self.data.classes:
-            raise UserError(
-                f"{resumed} was trained on {len(state.classes)} classes that are not those of {self.config.data.path}: "
-                "choose another output= or use init_from="
-            )
-        before = config_from_tree(state.config).flat()
-        self._refuse_another(before, resumed)
-        if state.step >= self.total:
-            self._refuse_other_weights(before, resumed)
+        refuse_another_run(state, resumed, self.config, self._trained_on, complete=state.step >= self.total)
         checkpoint.load_weights(network, resumed)
         if state.world_size == self.ranks.world_size:
             snapshot.restore_buffers(network, checkpoint.read_tensors(resumed, "buffers"), self.ranks)
@@ -202,34 +194,10 @@ class TrainingRun:
         engine.restore_loss_scale(state.loss_scale)
         return engine, state
 
-    def _refuse_another(self, was: Mapping[str, str], resumed: Path) -> None:
-        """UserError for what a run cannot change: it would be another run, or be tested on clips that it knows."""
-        now = self.config.flat()
-        for key in (
-            "data.holdout",
-            "data.split",
-            "train.seed",
-            "train.global_batch",  # the place in the order of samples and in the schedule is counted in it
-            "optim.name",  # whose state the checkpoint holds
-        ):
-            if was[key] != now[key]:
-                raise UserError(
-                    f"{resumed} was trained with {key}={was[key]}, not {now[key]}: choose another output=, or set "
-                    f"{key}={was[key]} to go on"
-                )
-
-    def _refuse_other_weights(self, was: Mapping[str, str], resumed: Path) -> None:
-        """UserError for settings that the weights are not of, where no step is left that would learn them."""
-        now = self.config.flat()
-        learned = ("data.", "augment.", "model.", "loss.", "target.", "optim.", "train.micro_batch")
-        for key in now:
-            if not key.startswith(learned) or key in PLACES or key.endswith(".val_split"):
-                continue
-            if was.get(key) != now[key]:
-                raise UserError(
-                    f"{resumed} is the end of a training with {key}={was.get(key)}, not {now[key]}: choose another "
-                    "output=, or a longer train.duration to go on from it"
-                )
+    @property
+    def _trained_on(self) -> dict[str, DataSet]:
+        target = self.target if self.config.target.trained_on else None
+        return {"data": self.data} if target is None else {"data": self.data, "target": target}
 
     def _facts(self, *, fresh: bool) -> dict[str, str]:
         """What `rev2net report` wants to know beside the configuration."""
@@ -393,6 +361,7 @@ class TrainingRun:
             config=self.config.model_dump(mode="json"),
             preparation=self.data.preparation,
             official=dict(self.data.official or {}),
+            trained_on={name: data.fingerprint() for name, data in self._trained_on.items()},
             updates=self.engine.updates,
             skipped=self.skipped,
             replaced=self.replaced,

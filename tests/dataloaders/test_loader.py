@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
+import os
 import re
 import resource
 import subprocess
@@ -22,10 +24,10 @@ from dataloaders import lanes
 from dataloaders.bad_clips import BadClips
 from dataloaders.batch import ClipBatch, to_batch
 from dataloaders.bench import add_bench_arguments, bench_loader, run_bench
-from dataloaders.errors import UserError
+from dataloaders.errors import ReadError, UserError
 from dataloaders.lanes import Lane, choose_backend
 from dataloaders.loader import EvalLoader, TrainLoader
-from dataloaders.plan import Augment, ClipShape, Views
+from dataloaders.plan import IDENTITY_COLOUR, Augment, ClipShape, Views
 from dataloaders.pyav_backend import PyAVBackend
 from dataloaders.shards import DataSet, index_path
 
@@ -171,8 +173,12 @@ def test_labels_and_samples_belong_to_the_keys(dataset: DataSet) -> None:
 
 
 def test_without_augmentation_the_crop_is_the_largest(dataset: DataSet) -> None:
-    (batch,) = take(train(dataset, augment=None), 1)
+    loader = train(dataset, augment=None)
+    plans = [request.plan for request in loader.requests(range(20))]
+    (batch,) = take(loader, 1)
     assert batch.flow is None and batch.video.shape == (4, 3, 8, 32, 32)
+    for plan in plans:  # of 64x96
+        assert not plan.flip and plan.colour == IDENTITY_COLOUR and plan.crop[2:] == (64, 64)
 
 
 @pytest.mark.parametrize("backend", ["pyav", "dali"])
@@ -187,6 +193,28 @@ def test_p8_a_bad_training_sample_is_replaced_by_its_position_alone(tmp_path: Pa
     assert all(reason for _, reason in loader.failures)
     other = train(broken, micro_batch=1, workers=1, start_step=3, **settings)
     assert [int(batch.sample) for batch in take(other, 12)] == samples[12:]
+
+
+def test_p8_what_the_disk_does_not_give_is_replaced_in_training_and_ends_an_evaluation(
+    dataset: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a mount that is lost in the middle; an accuracy without those videos would look like any other."""
+    read = os.pread
+
+    def lost(descriptor: int, size: int, offset: int) -> bytes:
+        if offset > 0 and Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == "train-000000.tar":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", lost)
+    loader = train(dataset)
+    assert sum(map(len, take(loader, 3))) == 12
+    assert loader.failures and all("Input/output error" in reason for _, reason in loader.failures)
+    with (
+        EvalLoader(dataset, "train", shape=SHAPE, views=Views.parse("1x1"), backend="pyav") as test,
+        pytest.raises(ReadError, match=r"clip\d+: train-000000\.tar: .*Input/output error"),
+    ):
+        list(test)
 
 
 def test_p8_too_many_bad_clips_of_the_last_thousand_end_a_run_and_few_never_do() -> None:
