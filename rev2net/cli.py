@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from dataloaders.errors import UserError, describe_failure
@@ -132,9 +133,21 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; key=value and videos may stand behind options too, where argparse does not look for them."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        name = next((name for name in ("overrides", "videos") if hasattr(args, name)), None)
+        if name is None or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        setattr(args, name, [*getattr(args, name), *map(Path if name == "videos" else str, rest)])
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args = _parsed(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     # What the others print is a result, which may be read by a program.
@@ -152,6 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(_FIRST_SPEAKS)
         print(f"rev2net {args.command}: {error}", file=sys.stderr, flush=True)
         return 2
+    except BrokenPipeError:  # `predict ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its exit
+        return 1
     except (OSError, RuntimeError) as error:
         log.debug("failed", exc_info=True)
         print(f"rev2net {args.command} failed: {describe_failure(error)}", file=sys.stderr, flush=True)

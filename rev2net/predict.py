@@ -257,7 +257,7 @@ def _check_copies(folder: Path, videos: Sequence[Path], *, overwrite: bool) -> N
         copy = folder / f"{video.stem}.mp4"
         other = copies.setdefault(copy, video)
         if other != video:
-            raise UserError(f"{copy} would be written for {video} and for {other}: predict them one after the other")
+            raise UserError(f"{copy} would be written for {video} and for {other}: give each a folder of its own")
         if copy.resolve() == video.resolve():
             raise UserError(f"--annotate {folder} is where {video} lies, which its copy would replace: give another")
         if copy.exists() and not overwrite:

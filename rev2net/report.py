@@ -219,6 +219,8 @@ def _training(store: Store, run: Run, wanted: Wanted) -> Result:
         why_not = f"it is {run.status}"
     elif seed is None or split is None or steps is None:
         why_not = "its train.seed, data.split and train.steps are not all numbers"
+    elif (held := params.get("data.holdout", "0.0")) not in ("0", "0.0"):
+        why_not = f"its accuracy is of training clips that data.holdout={held} kept back"
     elif split not in wanted.splits:
         why_not = f"data.split={split} is none of this cell's"
     elif top1 is None or step != steps:
@@ -359,6 +361,9 @@ def _choose(results: Sequence[Result], views: str) -> tuple[Result, ...]:
         before = chosen.get((result.seed, result.split))
         if result.why_not is None and (before is None or _rank(result, views) >= _rank(before, views)):
             chosen[result.seed, result.split] = result
+    faithful = [result for result in chosen.values() if not _of_training(result)]
+    if faithful:  # trials of other seeds are no part of their mean
+        chosen = {place: result for place, result in chosen.items() if not _of_training(result)}
     splits = Counter(seed for seed, _ in chosen)
     most = max(splits.values(), default=0)
     made = []
@@ -367,6 +372,8 @@ def _choose(results: Sequence[Result], views: str) -> tuple[Result, ...]:
         why_not = result.why_not
         if why_not is None and first is not None and first is not result:
             why_not = f"{first.run.id} counts instead"
+        elif why_not is None and faithful and _of_training(result):
+            why_not = f"it deviates, and {faithful[0].run.id} is as configured"
         elif why_not is None and splits[result.seed] < most:
             why_not = f"seed {result.seed} has {splits[result.seed]} of the {most} splits that another seed has"
         own = f"eval.views={result.views} ({views})"

@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from tiny import ROOT, Trained, environment, run
+from tiny import BIN, ROOT, Trained, environment, run
 
 from dataloaders.errors import DecodeError, UserError
 from dataloaders.plan import Views
@@ -74,8 +74,9 @@ def test_a_short_video_is_scored_as_in_the_evaluation(
         np.testing.assert_allclose(predictor.score(window).scores.numpy(), row, atol=1e-5)
 
 
-def test_flow_is_estimated_where_the_network_sees_it(tiny_data: Path) -> None:
-    """From the source videos: what is left of a difference is the stored flow's encoding."""
+def test_flow_is_estimated_where_the_network_sees_it(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the source videos, some frames at a time: what is left of a difference is the stored flow's encoding."""
+    monkeypatch.setattr("dataloaders.windows._CHUNK", 4)
     data, ranks = DataSet.open(tiny_data), read_ranks()
     config = config_from_tree(
         {
@@ -202,8 +203,8 @@ def test_files_that_are_no_videos_are_named_and_the_others_predicted(
     wrong = {
         "audio.m4a": "holds no video stream",
         "empty.mkv": "",
-        "text.mp4": "Invalid data",
-        "cut.mp4": "Invalid data",
+        "text.mp4": "it is no video, or was cut off",
+        "cut.mp4": "it is no video, or was cut off",
         "gone.mp4": "there is no such file",
         ".": "it is a folder",
     }
@@ -402,6 +403,31 @@ def test_an_exported_network_runs_alone(
     assert told["about"]["preparation"] == DataSet.open(tiny_data).preparation
     shape = {name: told["about"][name] for name in ("input", "frames", "size", "stride", "segments")}
     assert shape == {"input": "rgb", "frames": 8, "size": 64, "stride": 1, "segments": 0}
+    assert "from 0 to 255 divided by 127.5, less 1" in told["about"]["preprocessing"]
+
+
+def test_a_file_that_gives_other_logits_is_not_written(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read(path: Path) -> tuple[export.Scorer, export.Description]:
+        scorer, description = export._read_pt2(path)
+        return lambda clip: scorer(clip) + 1e-3, description
+
+    monkeypatch.setitem(export._FORMATS, ".pt2", (export._write_pt2, read))
+    assert main(["export", str(trained.output), str(tmp_path / "network.pt2")]) == 1
+    assert "gives other logits, by 1.0e-03 for 1 clips: nothing is written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_reads_no_further_ends_a_prediction_without_a_word(trained: Trained, clips: Path) -> None:
+    command = [str(BIN / "rev2net"), "predict", str(trained.output), "--json", str(clips / "good.mp4")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert not any("Errno" in line or "Traceback" in line for line in process.stderr)
+    assert process.wait(60) == 1
 
 
 def test_an_exported_network_predicts_as_its_checkpoint(

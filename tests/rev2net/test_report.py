@@ -209,6 +209,7 @@ def test_what_did_not_come_to_a_good_end_is_named_and_never_averaged(
         ({"params": {"train.seed": "abc"}}, "its train.seed, data.split and train.steps are not all numbers"),
         ({"params": {"train.steps": "²"}}, "its train.seed, data.split and train.steps are not all numbers"),
         ({"split": 4}, "data.split=4 is none of this cell's"),
+        ({"words": ["data.holdout=0.1"]}, "its accuracy is of training clips that data.holdout=0.1 kept back"),
     ]
     for seed, (words, _) in enumerate(cases):
         runs.training("ucf101-imagenet/tsn-rgb", **{"top1": 0.9, "seed": seed, **words})
@@ -216,7 +217,7 @@ def test_what_did_not_come_to_a_good_end_is_named_and_never_averaged(
     assert [r.why_not for r in cell.results] == [reason for _, reason in cases] and cell.value is None
     assert main(["report", "--store", runs.uri]) == 0
     text = capsys.readouterr().out
-    assert "86.4           no run that counts" in text and "0 of 9 runs count." in text
+    assert "86.4           no run that counts" in text and "0 of 10 runs count." in text
     assert "Not finished: 1 FAILED, 1 KILLED, 1 RUNNING." in text
     assert all(f"no: {reason}" in text for _, reason in cases)
     runs.training("ucf101-imagenet/tsn-rgb", 0.8, seed=3)
@@ -256,6 +257,10 @@ def test_a_trial_does_not_take_the_place_of_a_run_as_configured(runs: Runs) -> N
     assert [r.run.id for r in cell.counted] == [faithful] and cell.value == 0.7 and not cell.deviates
     for run_id in (trial, last):
         assert runs.why_not(run_id, "kinetics400/tsm-rgb") == f"{faithful} is as configured"
+    other = runs.training("kinetics400/tsm-rgb", 0.1, seed=1, words=["train.duration=10steps"])
+    cell = runs.cell("kinetics400/tsm-rgb")
+    assert [r.run.id for r in cell.counted] == [faithful] and cell.value == 0.7  # nor is it a part of the mean
+    assert runs.why_not(other, "kinetics400/tsm-rgb") == f"it deviates, and {faithful} is as configured"
     pair = ("ucf101-imagenet/rev2net", "ucf101-imagenet/i3d-flow")
     streams = [runs.training(name) for name in pair]
     tested = runs.test(*streams, top1=0.9)
