@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow_server import MlflowServer
 from slurm import Slurm, missing
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure() -> None:
+    """One thread (two files of tests run at a time on few cores), and nothing of the user's own server or launcher."""
+    torch.set_num_threads(1)
+    for name in ("MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -95,6 +104,18 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     assert main(prepare) == 0
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def other_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another data set of the same classes, for a target domain: what is for training there is for validation here."""
+    folder = tmp_path_factory.mktemp("other") / "data"
+    shutil.copytree(tiny_data, folder)
+    manifest = json.loads((folder / "dataset.json").read_text())
+    splits = manifest["splits"]
+    manifest["splits"] = {"train": splits["val"], "val": splits["train"]}
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ TINY = (
     "model.width=0.25",
     "train.global_batch=8",
     "train.micro_batch=4",
+    "train.threads=1",
     "train.log_every=1",
     "train.duration=6steps",
     "train.checkpoint_every=3steps",

@@ -121,7 +121,7 @@ def test_p10_kill_9_of_one_rank_ends_the_job_and_the_same_command_goes_on(
     )
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.chaos)])
 def test_p6_kills_during_saving_leave_the_checkpoint_before(
     kills: int, training: Callable[..., Training], record: Record
 ) -> None:
@@ -132,25 +132,26 @@ def test_p6_kills_during_saving_leave_the_checkpoint_before(
     )
     folder = run.output / "checkpoints"
     partial, worst = 0, 0
-    begun = 0
-    for _ in range(kills):
+    begun = killed = 0
+    while killed < kills or not partial:  # a kill that comes after the last file shows nothing
+        assert killed < kills + 20, "no kill came in the middle of a checkpoint"
         run.start()
         # What is half written from the time before is removed before the first step.
         run.wait_for(r"step \d+/")
         assert run.resumed_from() >= begun - interval
         worst = max(worst, begun - run.resumed_from())
         wait("a save", lambda: any(folder.glob(".step-*.partial")), 60)
-        time.sleep(draw.uniform(0, 0.1))
+        time.sleep(draw.uniform(0, 0.1) if killed else 0)
         run.kill()
+        killed += 1
         partial += any(folder.glob(".step-*.partial"))
         done = max(run.steps_done())
         begun = (done - 1) // interval * interval  # a step after it is done, so the one before it was waited for
     run.start()
     run.wait_for(r"step \d+/")
     assert run.resumed_from() >= begun - interval
-    assert partial or kills < 30
     record(
-        f"kill -9 while a checkpoint is being written, {kills} times",
+        f"kill -9 while a checkpoint is being written, {killed} times",
         f"{partial} times a half-written folder was left, which the next start removed; no damaged checkpoint",
         f"at most {max(worst, begun - run.resumed_from())} steps before the checkpoint that was begun (of an interval "
         f"of {interval}), and the steps done while it was written",

@@ -30,7 +30,7 @@ class Training:
 
     def __init__(self, data: Path, output: Path, *words: str, ranks: int = 2) -> None:
         self.output = output
-        self.words = (CONFIG, *TINY, f"data.path={data}", f"output={output}", "train.threads=1", *words)
+        self.words = (CONFIG, *TINY, f"data.path={data}", f"output={output}", *words)
         self.ranks = ranks
         self._processes: list[subprocess.Popen[bytes]] = []
         self._starts = 0

@@ -115,7 +115,7 @@ def test_a_training_on_this_machine_is_watched_cancelled_and_finished(
         assert "RUNNING  step " in row and "/9999 ETA " in row and f"process {job}" in row
         assert f"job {job} (RUNNING) trains in {output}: wait until it has ended" in refused(*words)
         assert main(["cancel", folder.name, *jobs]) == 0
-        assert submit.wait(timeout=120) == 1
+        assert submit.wait(timeout=240) == 1
     assert "STOPPED" in status(job) and "the state is saved" in status(job)
     assert "is over (STOPPED)" in refused("cancel", job, *jobs)
     assert main(["logs", job, *jobs]) == 0

@@ -56,7 +56,7 @@ def test_p7_a_task_goes_on_with_its_run_after_a_signal(
     for name, value in (("OMP_NUM_THREADS", "1"), ("DS_ACCELERATOR", "cpu")):
         monkeypatch.setenv(name, value)
     keys = [f"data.path={tiny_data}", f"output={tmp_path}/run", "model.flow_decoder=false", "loss.ddp=none", *TINY]
-    keys += ["train.threads=1", "train.duration=12steps"]
+    keys += ["train.duration=12steps"]
     jobs = tmp_path / "jobs"
     words = ["sweep", DEMO, *keys, "--tasks", "1", "--tasks-per-node", "1", "--executor", "local"]
     with ThreadPoolExecutor() as thread:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,20 @@ def draw(
     sample: int = 0,
 ) -> ClipPlan:
     return train_plan(video, shape, augment, seed=seed, epoch=epoch, sample=sample)
+
+
+def test_p1_plans_stay_what_they_were() -> None:
+    """Of another version too: a run that goes on under it would otherwise see other clips."""
+    segments = ClipShape(frames=4, height=112, width=112, stride=3, segments=2)
+    drawn = [draw(info(), shape, Augment(), seed=7, epoch=2, sample=n) for shape in (SHAPE, segments) for n in (0, 2)]
+    assert [(plan.frames[0], plan.frames[-1], plan.crop, plan.flip) for plan in drawn] == [
+        (34, 49, (0, 26, 256, 224), False),
+        (26, 41, (0, 124, 256, 224), True),
+        (21, 35, (12, 158, 192, 168), False),
+        (16, 34, (62, 74, 192, 168), False),
+    ]
+    colour = draw(info(), seed=7, epoch=2).colour[:4]
+    assert colour == pytest.approx((1.97315715303109, 0.2496879242577927, -0.3402620387202773, -47.347517052927536))
 
 
 def test_p3_a_plan_is_a_function_of_seed_epoch_and_sample() -> None:
@@ -145,6 +160,7 @@ def test_backwards_views_take_the_flow_that_leads_to_each_frame() -> None:
 def test_the_whole_video_is_looped_to_a_multiple_of_eight() -> None:
     assert whole_video(info(frames=20), SHAPE).frames == (*range(20), 0, 1, 2, 3)
     assert len(whole_video(info(frames=1), SHAPE).frames) == 8
+    assert whole_video(info(frames=20), replace(SHAPE, stride=2)).frames == (*range(0, 20, 2), *range(0, 12, 2))
 
 
 def test_jitter_is_linear_and_leaves_gray_gray() -> None:

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import TINY, Trained, run
 from torch import nn
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The volumes of unit tests are too small to share among threads, least of all on a machine that has other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -43,6 +34,6 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Traine
     output = tmp_path_factory.mktemp("runs") / "tiny"
     command = (
         *("deepspeed", "--num_gpus", "2", "--module", "rev2net", "train", "configs/demo.yaml"),
-        *(f"data.path={tiny_data}", f"output={output}", "profile.steps=2-3", "train.threads=1", *TINY),
+        *(f"data.path={tiny_data}", f"output={output}", "profile.steps=2-3", *TINY),
     )
     return Trained(output, run(*command).stdout, command)

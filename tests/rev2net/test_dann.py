@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,9 +87,12 @@ def test_the_labels_of_the_target_reach_nothing() -> None:
     torch.manual_seed(0)
     network = build_network(config(), 4)
     # Statistics of the batch are shared by both domains: in evaluation mode nothing but the loss joins them.
-    step = TrainingStep(network.eval(), config().loss.objective(), 1.0)
+    step = TrainingStep(network.eval(), config().loss.objective(), 0.3)
     source, target = torch.rand(2, 3, 8, 32, 32), torch.rand(2, 3, 8, 32, 32)
     label = torch.tensor([0, 3])
+    with torch.no_grad():
+        scalars = step(torch.cat([source, target]), None, label, torch.Generator())
+    torch.testing.assert_close(scalars["loss/total"], scalars["loss/ce"] + 0.3 * scalars["loss/domain"])
 
     def gradients(*clips: torch.Tensor) -> dict[str, torch.Tensor]:
         network.zero_grad()
@@ -176,6 +180,36 @@ def test_p4_a_resumed_adaptation_is_bit_equal(tiny_data: Path, tmp_path: Path) -
     assert "discriminator.out.weight" in weights[0]
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
     assert (tmp_path / "parts" / "train.log").read_text().count("going on from") == 1
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_step_sees_the_source_with_its_labels_and_behind_it_the_target(
+    decode: bool, tiny_data: Path, other_data: Path, tmp_path: Path
+) -> None:
+    """Each micro-batch with its own draws of what is random on the device."""
+    words = [*TINY, f"data.path={tiny_data}", f"target.path={other_data}", f"output={tmp_path}/run", "data.size=32"]
+    words += ["train.micro_batch=2", "train.global_batch=4", "target.hidden=16", "target.weight=0.3"]
+    words += [f"target.decode={decode}", "loss.ddp_low_from=0", "tracking.enabled=false"]
+    run = TrainingRun(load_config("configs/demo.yaml", words))
+    assert run.engine.step_module.domain_weight == 0.3
+    seen: list[tuple[Any, ...]] = []
+    run.engine.step_module.register_forward_pre_hook(lambda _, given: seen.append(given))
+    for _ in range(2):
+        run.train_step()
+    for loader in run.loaders:
+        loader.close()
+    run.engine.close()
+    run.close_log()
+    sources = [DataSet.open(path) for path in (tiny_data, other_data)]
+    loaders = [train_loader(d, run.config, run.ranks, 0, of_target=d is sources[1]) for d in sources]
+    assert len(seen) == len({generator.initial_seed() for *_, generator in seen}) == 4
+    for clip, flow, label, _ in seen:
+        source, target = (next(loader) for loader in loaders)
+        assert not set(source.keys) & set(target.keys)
+        assert torch.equal(clip, torch.cat([source.video, target.video])) and torch.equal(label, source.label)
+        assert torch.equal(flow, torch.cat([source.flow, target.flow]) if decode else source.flow)
+    for loader in loaders:
+        loader.close()
 
 
 def test_p6_the_schedules_of_the_configuration_reach_every_step(tiny_data: Path, tmp_path: Path) -> None:

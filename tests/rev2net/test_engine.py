@@ -99,6 +99,10 @@ def test_keys_for_deepspeed_lie_over_ours_and_leave_the_others() -> None:
         "reduce_bucket_size": 5,
         "overlap_comm": True,
     }
+    config = load_config("configs/demo.yaml", [*TINY, "train.precision=bf16"])
+    # Gradients stay float32 between the ranks.
+    autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    assert deepspeed_config(config, ALONE, 5)["torch_autocast"] == autocast
     for keys, advice in (
         ("{zero_optimization: {stage: 3}}", "set train.zero_stage"),
         ("{train_batch_size: 4}", "train"),

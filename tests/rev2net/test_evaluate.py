@@ -30,9 +30,6 @@ ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=CPU)
 CLASSES = 7
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def batch(samples: Sequence[int], labels: Sequence[int], size: int = 32, seed: int = 0, flow: bool = True) -> ClipBatch:
     draw = torch.Generator().manual_seed(seed)
     n = len(samples)
@@ -88,6 +85,10 @@ def test_accuracy_against_a_count_by_hand() -> None:
         expected[label, predicted] += 1
     assert np.array_equal(result.confusion, expected)
     assert not result.failed
+    true = (1.0, 0.9, 1.0, 0.6, 0.5, 1.0)  # the scores of the true classes
+    assert result.cross_entropy == pytest.approx(-np.log(true).mean())
+    scores.fail(2, 2, "damaged")
+    assert metrics(scores, CLASSES).cross_entropy == pytest.approx(-np.log([*true[:4], true[5]]).mean())
 
 
 def test_with_five_classes_or_fewer_every_video_is_in_the_top_five() -> None:

@@ -54,6 +54,17 @@ def test_published_multiplications(frames: int, gmacs: float) -> None:
     assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, abs=0.05)
 
 
+def test_the_head_is_the_mean_over_windows_of_two_frames() -> None:
+    """Carreira and Zisserman 2017: average pooling 2x7x7, logits, mean over what is left of the time."""
+    model = I3D(5, width=0.03125).eval()
+    high = torch.randn(2, model.high_channels, 4, 3, 2)
+    with torch.no_grad():
+        windows = [model.logits(high[:, :, t : t + 2].mean((2, 3, 4), keepdim=True)).flatten(1) for t in range(3)]
+        torch.testing.assert_close(model.classify(high), torch.stack(windows).mean(0))
+        one = model.logits(high[:, :, :1].mean((3, 4), keepdim=True)).flatten(1)
+        torch.testing.assert_close(model.classify(high[:, :, :1]), one)
+
+
 @pytest.mark.parametrize(
     ("clip", "low", "high"),
     [

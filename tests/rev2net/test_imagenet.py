@@ -24,8 +24,6 @@ from rev2net.models.stm import STM
 from rev2net.models.tsm import TSM
 from rev2net.models.tsn import TSN
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 State = dict[str, Tensor]
 
 ENDPOINTS = {

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rev2net.losses import DDP, TERMS, KLReduction, Objective, Reduction, ddp_low, kl_divergence, norm
+from rev2net.models.actionflownet import SCALE_WEIGHTS, multiscale_epe
 from rev2net.models.heads import Heads, Latent
 
 N, CLIP = 3, (8, 6, 4)
@@ -285,3 +286,26 @@ def test_nothing_is_recorded_where_gradients_are_off() -> None:
     with torch.no_grad():
         terms = measure(full_output(), Objective())
     assert not any(value.requires_grad for value in terms.values())
+
+
+def test_every_scale_of_off_has_a_cross_entropy_of_its_own() -> None:
+    scales = (leaf(N, 5, seed=60), leaf(N, 5, seed=61), leaf(N, 5, seed=62))
+    output = Heads(logits=leaf(N, 5, seed=1), pooled=leaf(N, 6, seed=4), scale_logits=scales)
+    scalars = Objective()(output, LABEL, *targets())
+    each = [F.cross_entropy(logits, LABEL) for logits in scales]
+    torch.testing.assert_close(scalars["loss/scales"], each[0] + each[1] + each[2])
+    torch.testing.assert_close(scalars["loss/ce"], F.cross_entropy(output.logits, LABEL))
+    assert scalars["loss/total"] == scalars["loss/scales"] and scalars.keys() == {
+        "loss/ce",
+        "loss/scales",
+        "loss/total",
+    }
+
+
+def test_actionflownet_s_flow_loss_is_that_of_its_scales() -> None:
+    flows = tuple(leaf(N, 2, 4, 3 * 2**i, 2 * 2**i, seed=70 + i) for i in range(len(SCALE_WEIGHTS)))
+    output = Heads(logits=leaf(N, 5, seed=1), pooled=leaf(N, 6, seed=4), flows=flows)
+    clip, flow = targets()
+    scalars = Objective(lambda_flow=0.3)(output, LABEL, clip, flow)
+    torch.testing.assert_close(scalars["loss/flow"], multiscale_epe(flows, flow))
+    torch.testing.assert_close(scalars["loss/total"], scalars["loss/ce"] + 0.3 * scalars["loss/flow"])

@@ -17,8 +17,6 @@ from dataloaders.errors import UserError
 from rev2net.models.off import OFF, OFFUnit
 from rev2net.models.tsn import TSN, Backbone
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())

@@ -10,6 +10,7 @@ import torch
 
 from rev2net.config import Config, LossConfig, config_from_tree
 from rev2net.models import I3D, Rev2Net
+from rev2net.models.dann import DomainDiscriminator
 from rev2net.optim import Schedule, build_optimizer, build_schedule, fading, growing
 
 
@@ -92,12 +93,13 @@ def test_no_weight_decay_on_biases_and_normalisations(name: str) -> None:
         assert group.get("momentum", 0.8) == 0.8
 
 
-def test_what_only_training_has_may_learn_at_a_rate_of_its_own() -> None:
+def test_the_decoders_may_learn_at_a_rate_of_their_own() -> None:
     network = Rev2Net(I3D(4, width=0.03125), (8, 32, 32))
+    network.discriminator = DomainDiscriminator(8, 4)
     optimizer = build_optimizer(network, configured(decoder_lr=3.0, weight_decay=0.01).optim)
     names = {id(p): n for n, p in network.named_parameters()}
     found = {names[id(p)]: g["lr_factor"] for g in optimizer.param_groups for p in g["params"]}
-    assert found == {n: 1.0 if n.startswith("encoder.") else 3.0 for n in names.values()}
+    assert found == {n: 1.0 if n.startswith(("encoder.", "discriminator.")) else 3.0 for n in names.values()}
     assert len(optimizer.param_groups) == 4
 
 

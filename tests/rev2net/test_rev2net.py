@@ -23,9 +23,6 @@ TINY = 0.03125
 """Width at which every encoder layer has its minimum of 8 channels."""
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 

@@ -190,7 +190,7 @@ def test_data_without_a_validation_split_can_be_held_out_from_and_counted(tmp_pa
 
 
 def test_the_dry_run_names_the_grids_and_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", DEMO, f"output={tmp_path}/run", "--dry-run"]) == 0
+    assert main(["sweep", DEMO, "--dry-run", f"output={tmp_path}/run"]) == 0
     said = capsys.readouterr().out
     assert "24 runs: 0, 0.0001, 0.001, 0.1, 1, 10" in said and "20 runs: 0, 0.25, 0.5, 0.75, 1 of each" in said
     assert "10% of split train, held out" in said and "loss.alpha=0.01" in said
@@ -212,7 +212,7 @@ def data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(data: Path, output: Path) -> list[str]:
     keys = ["loss.ddp=none", "loss.ddp_low_from=0", "train.duration=4steps", "train.checkpoint_every=1steps"]
-    keys += ["data.holdout=0.25", f"target.path={data}", "target.adapt=false", "train.threads=1"]
+    keys += ["data.holdout=0.25", f"target.path={data}", "target.adapt=false"]
     return [*TINY, f"data.path={data}", f"output={output}", *keys]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +15,18 @@ import torch
 import yaml
 from tiny import TINY
 
+from dataloaders.batch import ClipBatch
+from dataloaders.plan import ClipShape
 from dataloaders.prepare_cli import SPLIT_NUMBERS
 from dataloaders.shards import DataSet
-from rev2net import checkpoint
+from rev2net import checkpoint, evaluate
 from rev2net.cli import main
 from rev2net.config import Config, load_config
+from rev2net.data import clip_shape
 from rev2net.engine import TrainingStep
+from rev2net.models import Rev2Net
 from rev2net.models.build import build_network
+from rev2net.models.dann import DomainDiscriminator
 from rev2net.optim import build_optimizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -94,7 +99,6 @@ def stepped() -> dict[str, Config]:
     return dict(found.values())
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("run", "config"), stepped().items())
 def test_every_cell_takes_steps_that_lower_its_loss(run: str, config: Config) -> None:
     """All parameters get a gradient, and the loss of the same clips falls."""
@@ -123,9 +127,29 @@ def test_every_cell_takes_steps_that_lower_its_loss(run: str, config: Config) ->
     assert network.encoder.eval()(clips).shape == (4, 5)
 
 
+def test_what_the_configuration_says_of_a_network_reaches_it() -> None:
+    """Each key with another value than its default."""
+    words = [*TINY, "model.decoder_channels=8", "model.decoder_skip=flow", "model.latent_noise=false", "data.stride=3"]
+    words += ["model.dropout=0.25", "model.activation_checkpointing=true", "target.path=b", "target.hidden=16"]
+    config = load_config("configs/demo.yaml", ["output=o", "data.path=a", *words])
+    network = build_network(config, 5)
+    assert isinstance(network, Rev2Net) and isinstance(network.discriminator, DomainDiscriminator)
+    assert (network.hidden, network.skips, network.noise) == (8, ("flow",), False)
+    assert (network.encoder.dropout, network.encoder.activation_checkpointing) == (0.25, True)
+    assert network.discriminator.out.in_features == 16
+    assert clip_shape(config) == ClipShape(frames=8, height=64, width=64, stride=3)
+    words = ["model.backbone=resnet18", "model.partial_bn=true", "model.dropout=0.25", "model.imagenet=null"]
+    for cell in ("hmdb-to-ucf/tsn-flow", "kinetics400/tsm-rgb", "kinetics400/stm-rgb", "hmdb51-imagenet/off-rgb"):
+        config = load_config(CONFIGS / f"{cell}.yaml", words if "stm" not in cell else words[1:])
+        encoder = build_network(config, 5).encoder
+        assert (encoder.dropout, encoder.partial_bn) == (0.25, True), cell
+    config = load_config(CONFIGS / "ucf101-imagenet/actionflownet.yaml", words[2:])
+    assert build_network(config, 5).encoder.dropout == 0.25
+
+
 @pytest.fixture(scope="module")
-def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One cell of each network, trained for two steps by `rev2net train`, with its own clips as the other domain's."""
+def runs(tiny_data: Path, other_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One cell of each network, trained for two steps by `rev2net train`."""
     folder = tmp_path_factory.mktemp("systems")
     made = {}
     for run in (
@@ -139,7 +163,7 @@ def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         words += [*reduced(config), f"data.path={tiny_data}", f"output={output}", "train.duration=2steps"]
         words += ["loader.pipelines_per_gpu=1", "train.eval_every=null", "loss.ddp_low_from=0", "init_from=null"]
         words += ["train.precision=auto"]  # the cells' own bf16 takes minutes where it is emulated
-        words += [f"target.path={tiny_data}"] if config.target.path else []
+        words += [f"target.path={other_data}"] if config.target.path else []
         assert main(["train", str(path), *words]) == 0
         made[run] = output
     return made
@@ -152,10 +176,35 @@ def test_every_network_trains_and_is_tested_by_the_commands(
         result = yaml.safe_load((output / "result.json").read_text())
         assert result["step"] == 2 and 0 <= result["metrics"]["val/top1"] <= 1
         assert ("target/top1" in result["metrics"]) == ("-to-" in run)
+        videos = {"val": 8, "target": 16} if "-to-" in run else {"val": 8}
+        for name, number in videos.items():
+            matrix = json.loads((output / f"confusion_{name}.json").read_text())["confusion"]
+            assert [sum(row) for row in matrix] == 8 * [number // 8]
+            right = sum(row[i] for i, row in enumerate(matrix))
+            assert result["metrics"][f"{name}/top1"] == pytest.approx(right / number)
         assert main(["eval", str(output), str(tiny_data), "--views", "2x1", "--json", "-"]) == 0
         assert json.loads(capsys.readouterr().out)["videos"] == 8
+        assert main(["eval", str(output), str(tiny_data), "--views", "1x1", "--split", "train", "--json", "-"]) == 0
+        assert json.loads(capsys.readouterr().out)["videos"] == 16
         state = checkpoint.read_tensors(checkpoint.find(output), "weights")
         assert any(name.startswith("discriminator.") for name in state) == ("-to-" in run)
+
+
+def test_clips_are_played_backwards_where_that_is_asked_for(
+    runs: dict[str, Path], tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    whole = evaluate.score
+
+    def spied(network: torch.nn.Module, batches: Iterable[ClipBatch], **words: Any) -> evaluate.Scores:
+        kept = list(batches)
+        seen.append(torch.cat([batch.stream("rgb") for batch in kept]))
+        return whole(network, kept, **words)
+
+    monkeypatch.setattr(evaluate, "score", spied)
+    words = ["eval", str(runs["kinetics400/tsm-rgb"]), str(tiny_data), "--views", "1x1"]
+    assert main(words) == main([*words, "--backwards"]) == 0
+    assert torch.equal(seen[0].flip(2), seen[1])
 
 
 def test_dann_is_logged(runs: dict[str, Path]) -> None:

@@ -228,7 +228,7 @@ def test_p8_replaced_clips_are_counted_and_too_many_end_the_run(tiny_data: Path,
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
     spoil(data, 2)
-    words = [*TINY, f"data.path={data}", "train.threads=1", "train.micro_batch=8"]
+    words = [*TINY, f"data.path={data}", "train.micro_batch=8"]
     with pytest.raises(RuntimeError, match=r"clips cannot be decoded, more than loader\.max_bad=0\.01 allows"):
         train(load_config("configs/demo.yaml", [*words, f"output={tmp_path}/strict"]))
     config = load_config("configs/demo.yaml", [*words, f"output={tmp_path}/lenient", "loader.max_bad=0.5"])
@@ -270,9 +270,7 @@ def test_p5_checkpoint_of_two_ranks_goes_on_on_one(trained: Trained, tiny_data: 
     folder = tmp_path / "moved" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / "step-00000003").symlink_to(trained.output / "checkpoints" / "step-00000003")
-    config = load_config(
-        "configs/demo.yaml", [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/moved", "train.threads=1"]
-    )
+    config = load_config("configs/demo.yaml", [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/moved"])
     losses = []
     for result in (json.loads((trained.output / "result.json").read_text()), asdict(train(config))):
         history = MlflowClient(result["tracking_uri"]).get_metric_history(result["run_id"], "loss/total")
@@ -373,6 +371,11 @@ def test_p12_user_mistakes_are_one_sentence(
     for changed in ("train.global_batch=16", "optim.name=sgd"):
         said = refused(*demo, f"output={trained.output}", "train.duration=9steps", changed)
         assert "was trained with" in said and f"not {changed.split('=')[1]}: choose another output=" in said
+    shutil.copytree(tiny_data, tmp_path / "other")
+    with (tmp_path / "other" / "dataset.json").open("a") as manifest:
+        manifest.write("\n")
+    said = refused(*demo, f"output={trained.output}", "train.duration=9steps", f"data.path={tmp_path}/other")
+    assert f"was trained on other clips than {tmp_path}/other holds now: choose another output=" in said
     assert "sync_bn" in refused(*demo, "model.sync_bn=true")
     assert "use stage 0, 1 or 2" in refused(*demo, "model.compile=true", "train.zero_stage=3")
     assert "checkpoint" in refused("eval", str(tmp_path), str(tiny_data))
@@ -381,8 +384,8 @@ def test_p12_user_mistakes_are_one_sentence(
     for nowhere in (tmp_path / "a/b", tmp_path):
         assert "is a folder, or in none" in refused("eval", str(trained.output), str(tiny_data), "--json", str(nowhere))
     assert "set train.zero_stage" in refused(*demo, "train.deepspeed={zero_optimization: {stage: 2}}")
-    assert "whole" in refused("eval", str(trained.output), str(tiny_data), "--views", "many")
-    assert "train" in refused("eval", str(trained.output), str(tiny_data), "--split", "test")
+    assert "views 'many' are unknown" in refused("eval", str(trained.output), str(tiny_data), "--views", "many")
+    assert "has no split 'test'" in refused("eval", str(trained.output), str(tiny_data), "--split", "test")
     assert not (tmp_path / "run").exists()
 
 
