@@ -355,7 +355,9 @@ def table(found: Found, form: str, tasks: Sequence[str], systems: Sequence[str],
 
 def computed_in(found: Found, form: str) -> str:
     """How many trainings of a form were made in which precision."""
-    return by_precision(row for row in found if row["run"].startswith(f"{form}/") and "precision" in row)
+    return by_precision(
+        row for row in found if row["run"].startswith(f"{form}/") and {"steps", "precision"} <= row.keys()
+    )
 
 
 def setup(found: Found) -> list[str]:
@@ -423,7 +425,7 @@ def of_streams(found: Found) -> list[dict[str, Any]]:
         _, task, system, seed = row["run"].split("/")
         for name, key in zip((*FUSED.get(system, ()), system), ("rgb", "flow", "target"), strict=False):
             if system in FUSED and key in row:
-                made.append({"run": f"fused/{task}/{name}/{seed}", "target": row[key]})
+                made.append({**row, "run": f"fused/{task}/{name}/{seed}", "target": row[key]})
     return made
 
 
@@ -472,7 +474,9 @@ def page(found: Found) -> str:
             for system in (*ABLATED, RECIPE)]  # fmt: skip
     recipe = ((f"{SHOWN[RECIPE]} ({form} DANN) less I3D without", differences(found, RECIPE, "i3d", of, "plain"))
               for form, of in (("without", "plain"), ("with", "dann")))  # fmt: skip
-    lines += compared([*dann, *recipe])
+    alike = [row for row in (*found, *of_streams(found)) if row.get("precision") == "fp32"]
+    i3d = "I3D, both in fp32 (with DANN the trainings of Table 1), with DANN less without"
+    lines += compared([*dann, (i3d, differences(alike, "i3d", "i3d", "fused", "plain")), *recipe])
     lines += inputs(found)
     lines += ["## Real clips, within their set", ""]
     sets = "; ".join(f"{name}: {facts}" for name, facts in REAL.items())
