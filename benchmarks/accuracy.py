@@ -21,7 +21,19 @@ from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
 
-from trainings import ROOT, asked, by_precision, command, each_run, generated, keep, precision, real, without_absent
+from trainings import (
+    ROOT,
+    asked,
+    by_precision,
+    command,
+    each_run,
+    generated,
+    keep,
+    precision,
+    real,
+    result_of,
+    without_absent,
+)
 
 LOG = ROOT / "benchmarks" / "accuracy.jsonl"
 PAGE = ROOT / "benchmarks" / "accuracy.md"
@@ -83,7 +95,7 @@ def train(run: Run, data: Path) -> dict[str, object]:
         *(f"data.path={data}", f"output={output}", f"train.seed={run.seed}", *VARIANTS[run.variant]),
     )
     seconds = time.perf_counter() - started
-    result = json.loads((output / "result.json").read_text())
+    result = result_of(output)
     row = {"run": run.name, "date": str(date.today()), "seconds": round(seconds), "steps": result["step"]}
     row["precision"] = precision(result["checkpoint"])
     row |= {k: round(v, 4) for k, v in result["metrics"].items()}

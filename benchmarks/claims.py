@@ -36,6 +36,7 @@ from trainings import (
     logged,
     precision,
     real,
+    result_of,
     rows,
     without_absent,
 )
@@ -223,15 +224,9 @@ def trained(run: Run) -> None:
         command("rev2net", "train", config, *words, log=run.output.with_suffix(".log"))
 
 
-def result_of(run: Run) -> dict[str, Any]:
-    """What a training has left."""
-    found: dict[str, Any] = json.loads((run.output / "result.json").read_text())
-    return found
-
-
 def seconds_of(run: Run) -> float:
     """The time that its steps took, over all its starts."""
-    every = read_state(Path(result_of(run)["checkpoint"])).config["train"]["log_every"]
+    every = read_state(Path(result_of(run.output)["checkpoint"])).config["train"]["log_every"]
     return float(every * sum(logged(run.output, "step_seconds")))
 
 
@@ -245,7 +240,7 @@ def fused(run: Run) -> dict[str, object]:
     target = run.data(run.task.split("-")[1])
     command("rev2net", "eval", rgb, target, "--fuse", flow, "--views", "1x1", "--json", scores,
             log=run.output.with_suffix(".log"))  # fmt: skip
-    results = [result_of(stream) for stream in streams]
+    results = [result_of(stream.output) for stream in streams]
     alone = {name: round(r["metrics"]["target/top1"], 4) for name, r in zip(("rgb", "flow"), results, strict=True)}
     (computed,) = {precision(r["checkpoint"]) for r in results}
     row = {"target": round(json.loads(scores.read_text())["top1"], 4), **alone, "precision": computed}
@@ -262,7 +257,7 @@ def done(run: Run) -> dict[str, object]:
     if run.system in FUSED:
         return row | fused(run)
     trained(run)
-    result = result_of(run)
+    result = result_of(run.output)
     metrics = result["metrics"]
     row["seconds"] = round(max(time.perf_counter() - started, seconds_of(run)))
     row |= {"steps": result["step"], "source": metrics["val/top1"], "precision": precision(result["checkpoint"])}
@@ -423,8 +418,10 @@ def of_streams(found: Found) -> list[dict[str, Any]]:
     made = []
     for row in found:
         _, task, system, seed = row["run"].split("/")
-        for name, key in zip((*FUSED.get(system, ()), system), ("rgb", "flow", "target"), strict=False):
-            if system in FUSED and key in row:
+        if system not in FUSED:
+            continue
+        for name, key in zip((*FUSED[system], system), ("rgb", "flow", "target"), strict=True):
+            if key in row:
                 made.append({**row, "run": f"fused/{task}/{name}/{seed}", "target": row[key]})
     return made
 
@@ -442,7 +439,7 @@ def inputs(found: Found) -> list[str]:
     systems = [name for both in FUSED for name in (*FUSED[both], both)]
     lines += table(streams, "fused", DIRECTIONS, systems, ("target",))
     shown = [("i3d-both", "i3d"), ("i3d-both", "i3d-flow"), ("i3d-flow", "i3d")]
-    lines += comparisons(streams, [(a, b) for a, b in shown], "fused")
+    lines += comparisons(streams, shown, "fused")
     again = differences([*found, *streams], "i3d", "i3d", "fused", "dann")
     if together(again):
         lines += [

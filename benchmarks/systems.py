@@ -12,7 +12,6 @@ never repeated: remove its line from systems.jsonl for that.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -20,7 +19,7 @@ from statistics import mean
 
 from cores import each_on_a_core
 from machine import cpu_facts
-from trainings import ROOT, command, generated, keep, logged, rows
+from trainings import ROOT, command, generated, keep, logged, result_of, rows
 
 LOG, PAGE = ROOT / "benchmarks" / "systems.jsonl", ROOT / "benchmarks" / "systems.md"
 WORK = ROOT / "runs" / "systems"
@@ -60,7 +59,7 @@ def train(run: tuple[str, int]) -> dict[str, object]:
     if system.startswith(("i3d", "rev2net")) and system != "i3d-flow":
         words.append(f"target.path={WORK / 'b'}")
     command("rev2net", "train", "configs/demo.yaml", *words, log=output.with_suffix(".log"))
-    result = json.loads((output / "result.json").read_text())
+    result = result_of(output)
     row = {"system": system, "seed": seed, "date": str(date.today())}
     row |= {name: round(value, 4) for name, value in result["metrics"].items() if name.endswith("/top1")}
     if told := logged(output, "domain/accuracy"):  # means of 30 steps each

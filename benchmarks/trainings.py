@@ -60,6 +60,12 @@ def without_absent(runs: Sequence[R], real_set: Callable[[R], str | None]) -> li
     return there
 
 
+def result_of(output: Path) -> dict[str, Any]:
+    """What a finished training says of itself."""
+    result: dict[str, Any] = json.loads((output / "result.json").read_text())
+    return result
+
+
 def precision(checkpoint: str) -> str:
     """What a training computed in: fp32 or bf16."""
     return str(read_state(Path(checkpoint)).config["train"]["precision"])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dataloaders.errors import UserError, describe_failure
+from dataloaders.errors import UserError, describe_failure, stop_printing
 
 if TYPE_CHECKING:
     from cluster.doctor import Row
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rev2net-cluster: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `logs JOB | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its exit
+        stop_printing()
         return 1
     except (OSError, RuntimeError) as error:
         print(f"rev2net-cluster failed: {describe_failure(error)}", file=sys.stderr)

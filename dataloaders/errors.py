@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
 
 
 class UserError(ValueError):
@@ -33,6 +35,11 @@ class ReadError(DecodeError):
 def first_line(error: Exception) -> str:
     """The first line of an error's message, of at most 200 characters; its type where it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def stop_printing() -> None:
+    """After a BrokenPipeError (`... | head`): nobody reads on, and else Python complains of it at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def describe_failure(error: Exception) -> str:

@@ -45,7 +45,7 @@ from dataloaders.shards import (
     write_manifest,
 )
 from dataloaders.sources import SourceClip, SourceListing, shuffled
-from dataloaders.transcode import PrepareSettings, preparation_of, transcode
+from dataloaders.transcode import PrepareSettings, changed_settings, transcode
 from dataloaders.video import KEYFRAME_INTERVAL, MINIMUM
 from dataloaders.workers import worker_pool
 
@@ -253,9 +253,8 @@ def _claim(out: Path, identity: Mapping[str, Any]) -> bool:
 
 def _difference(found: Any, wanted: Mapping[str, Any]) -> str:
     try:
-        there, here = preparation_of(found["preparation"]), wanted["preparation"]
-        names = dict.fromkeys([*here, *there])
-        changed = [f"{n} {there.get(n)} (now {here.get(n)})" for n in names if there.get(n) != here.get(n)]
+        both = changed_settings(found["preparation"], wanted["preparation"])
+        changed = [f"{name} {there} (now {here})" for name, (there, here) in both.items()]
     except (TypeError, KeyError):
         changed = []
     return f"other settings: {', '.join(changed)}" if changed else "another list of clips"

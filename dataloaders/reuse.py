@@ -9,7 +9,7 @@ from pathlib import Path
 from dataloaders.errors import DecodeError, UserError
 from dataloaders.shards import INFO_EXTENSION, DataSet, SampleInfo, ShardReader, hashes_of
 from dataloaders.sources import SourceClip
-from dataloaders.transcode import PrepareSettings, preparation_of
+from dataloaders.transcode import PrepareSettings, changed_settings
 
 _OF_THE_WHOLE = ("seed", "shard_bytes")
 """Settings that decide the order of the samples, not their bytes."""
@@ -25,11 +25,10 @@ def open_donors(locations: Sequence[str | Path], settings: PrepareSettings) -> t
     donors = tuple(map(DataSet.open, locations))
     wanted = settings.to_json()
     for donor in donors:
-        found = preparation_of(donor.preparation)
         other = [
-            f"{name} {found.get(name)} (here {wanted.get(name)})"
-            for name in dict.fromkeys([*wanted, *found])
-            if name not in _OF_THE_WHOLE and found.get(name) != wanted.get(name)
+            f"{name} {there} (here {here})"
+            for name, (there, here) in changed_settings(donor.preparation, wanted).items()
+            if name not in _OF_THE_WHOLE
         ]
         if other:
             raise UserError(

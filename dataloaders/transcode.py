@@ -40,9 +40,11 @@ DECODING = 2
 doubled, interlaced pictures were combed, and most files that were cut off passed for whole."""
 
 
-def preparation_of(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a manifest; those from before `decoding` was written are of the first."""
-    return {"decoding": 1, **raw}
+def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, object]) -> dict[str, tuple[object, object]]:
+    """The settings in which those of a manifest and those of `to_json` differ: both values, the manifest's first."""
+    found = {"decoding": 1, **found}  # in those from before it was written
+    both = {name: (found.get(name), wanted.get(name)) for name in dict.fromkeys([*wanted, *found])}
+    return {name: (there, here) for name, (there, here) in both.items() if there != here}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -271,17 +271,14 @@ class VideoSource:
     def _timed(self) -> Iterator[tuple[Any, Fraction]]:
         """Each frame and its time in seconds from the first one's, which never runs backwards."""
         period = 1 / self.fps
-        begin, last = None, Fraction(0)
+        begin, last = (self._stamp(self._first) or 0) * self._first.time_base, -period
         for frame in self._with_first():
             stamp = self._stamp(frame)
-            shown = None if stamp is None else stamp * frame.time_base
-            if begin is None:
-                begin = shown or Fraction(0)
-                shown = begin
-            time = last + period if shown is None else shown - begin
-            if shown is not None and time < last - RESET_SECONDS:
-                time = last + period
-                begin = shown - time
+            following = last + period
+            time = following if stamp is None else stamp * frame.time_base - begin
+            if time < last - RESET_SECONDS:
+                begin += time - following
+                time = following
             if time - last > MAX_GAP_SECONDS:
                 raise DecodeError(str(self._path), f"timestamps jump by {float(time - last):.0f} s")
             last = max(time, last)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dataloaders.errors import UserError, describe_failure
+from dataloaders.errors import UserError, describe_failure, stop_printing
 
 log = logging.getLogger("rev2net")
 
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rev2net {args.command}: {error}", file=sys.stderr, flush=True)
         return 2
     except BrokenPipeError:  # `predict ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its exit
+        stop_printing()
         return 1
     except (OSError, RuntimeError) as error:
         log.debug("failed", exc_info=True)

@@ -42,15 +42,16 @@ DESCRIPTION = "rev2net.json"
 TOLERANCE = 1e-4
 """Of the logits of the file and of the checkpoint, absolute and relative."""
 
-_PREPROCESSING: dict[Stream, str] = {
-    "rgb": "float32, clips x channels x frames x rows x columns; channels red, green, blue, from 0 to 255 divided by "
-    "127.5, less 1; of each frame the largest square, in the middle or (3 crops) also at both ends of the longer side, "
-    "resized to `size` bilinearly; softmax of the logits, averaged over the clips of a video",
-    "flow": "float32, clips x channels x frames x rows x columns; channels u (to the right) and v (down), TV-L1 flow "
-    "to the next frame in pixels of the clip, divided by 20, within -1 and 1; squares, size and scores as of RGB: of "
-    "each frame the largest square, in the middle or (3 crops) also at both ends of the longer side, resized to `size` "
-    "bilinearly; softmax of the logits, averaged over the clips of a video",
+_CHANNELS: dict[Stream, str] = {
+    "rgb": "red, green, blue, from 0 to 255 divided by 127.5, less 1",
+    "flow": "u (to the right) and v (down), TV-L1 flow to the next frame in pixels of the clip, divided by 20, within "
+    "-1 and 1",
 }
+_PREPROCESSING = (
+    "float32, clips x channels x frames x rows x columns; channels {channels}; of each frame the largest square, in "
+    "the middle or (3 crops) also at both ends of the longer side, resized to `size` bilinearly; softmax of the "
+    "logits, averaged over the clips of a video"
+)
 """What stands in an exported file for who feeds it without this package."""
 
 Scorer = Callable[[torch.Tensor], torch.Tensor]
@@ -92,7 +93,7 @@ class Description(BaseModel):
             segments=data.segments,
             views=config.eval.views,
             preparation=state.preparation,
-            preprocessing=_PREPROCESSING[model.input],
+            preprocessing=_PREPROCESSING.format(channels=_CHANNELS[model.input]),
             checkpoint=f"{Path(config.output).name}, step {state.step}",
         )
 

@@ -159,17 +159,21 @@ def test_the_same_frames_give_the_same_bytes_whatever_lay_in_memory(tmp_path: Pa
     assert len(made) == 1
 
 
+def show_by(source: Path, a: int, b: int, c: int, d: int) -> None:
+    """Have a video shown at (a * x + c * y, b * x + d * y) of what is stored: QuickTime's matrix, in place."""
+    data = source.read_bytes()
+    one = 0x10000
+    at = data.index(struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 0x40000000), data.index(b"tkhd"))
+    matrix = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 0x40000000)
+    source.write_bytes(data[:at] + matrix + data[at + 36 :])
+
+
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
 def test_rotation_metadata_is_applied(tmp_path: Path, turns: int) -> None:
     shown = patches(COLOURS)
     # The camera stores the picture turned and notes how to turn it back, counter-clockwise.
     source = write_video(tmp_path / "s.mp4", [np.rot90(shown, -turns)] * 3)
-    data = source.read_bytes()
-    one = 0x10000
-    matrix = {0: (one, 0, 0, one), 1: (0, -one, one, 0), 2: (-one, 0, 0, -one), 3: (0, one, -one, 0)}[turns]
-    at = data.index(struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 0x40000000), data.index(b"tkhd"))
-    a, b, c, d = matrix
-    source.write_bytes(data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000) + data[at + 36 :])
+    show_by(source, *{0: (1, 0, 0, 1), 1: (0, -1, 1, 0), 2: (-1, 0, 0, -1), 3: (0, 1, -1, 0)}[turns])
     with VideoSource(source) as video:
         assert (video.width, video.height) == (192, 128)
     with av.open(io.BytesIO(to_video(source, "h264", 192, 128))) as container:
@@ -180,15 +184,10 @@ def test_rotation_metadata_is_applied(tmp_path: Path, turns: int) -> None:
 @pytest.mark.parametrize("sideways", [False, True])
 @pytest.mark.parametrize(("x", "y"), [(1, -1), (-1, 1), (-1, -1)])
 def test_mirrored_pictures_are_shown_as_the_file_says(tmp_path: Path, sideways: bool, x: int, y: int) -> None:
-    """QuickTime's matrix: shown = (a * x + c * y, b * x + d * y) of what is stored."""
     shown = patches(COLOURS)
     stored = shown[::y, ::x]
     source = write_video(tmp_path / "s.mp4", [stored.transpose(1, 0, 2) if sideways else stored] * 3)
-    data = source.read_bytes()
-    one = 0x10000
-    a, b, c, d = (0, y * one, x * one, 0) if sideways else (x * one, 0, 0, y * one)
-    at = data.index(struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 0x40000000), data.index(b"tkhd"))
-    source.write_bytes(data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000) + data[at + 36 :])
+    show_by(source, *((0, y, x, 0) if sideways else (x, 0, 0, y)))
     with av.open(io.BytesIO(to_video(source, "h264", 192, 128))) as container:
         decoded = next(container.decode(video=0)).to_ndarray(format="rgb24")
     assert np.abs(patch_centres(decoded) - COLOURS).max() <= 6
