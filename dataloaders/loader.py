@@ -65,7 +65,6 @@ class TrainLoader:
         pipelines_per_gpu: DALI pipelines, taking turns (one pipeline feeds one NVDEC unit).
         with_flow: also decode the flow.
         with_rgb: False decodes the flow alone.
-        slices: S of the order; the global batch by default.
 
     Attributes:
         failures: (key, reason) of every sample that was replaced so far, in batches that were handed out.
@@ -95,11 +94,10 @@ class TrainLoader:
         with_flow: bool = False,
         with_rgb: bool = True,
         start_step: int = 0,
-        slices: int | None = None,
     ) -> None:
         _check_batches(global_batch, micro_batch, world_size)
         self._source = Samples(dataset, split, with_flow=with_flow, with_rgb=with_rgb)
-        self._order = GlobalOrder(self._source.shard_sizes, seed=seed, slices=slices or global_batch)
+        self._order = GlobalOrder(self._source.shard_sizes, seed=seed, slices=global_batch)
         self._shape = shape
         self._augment = augment or Augment(scales=(1.0,), flip=0.0)
         self._seed = seed

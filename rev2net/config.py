@@ -309,6 +309,10 @@ class Config(Section):
                 f"target.decode=true is for the decoders, but model.name={self.model.name} has none here: "
                 "set target.decode=false, or turn a decoder on"
             )
+        if self.target.decode and self.target.path is None:
+            raise ValueError("target.decode=true has no clips to learn from: give target.path, or set it to false")
+        if self.optim.schedule == "step" and not self.optim.milestones:
+            raise ValueError("optim.schedule=step has no milestones: give optim.milestones, or set it to constant")
         if self.train.precision == "fp16" and self.train.zero_stage:
             # DeepSpeed 0.19 never lowers its loss scale there: after the first overflow no step is applied any more.
             raise ValueError(

@@ -24,7 +24,7 @@ def open_data(config: Config) -> DataSet:
     if config.data.holdout:
         data = data.hold_out(config.data.train_split, config.data.holdout)
     _check_splits(data, config.data.train_split, config.data.eval_split)
-    _check_official(data, config)
+    _check_official(data, config, "data.path")
     _check_flow(data, config, learned=True)
     return data
 
@@ -36,7 +36,8 @@ def open_target(config: Config, classes: tuple[str, ...]) -> DataSet | None:
         classes: the source's.
 
     Raises:
-        UserError: there is no data set, it lacks a split or the flow that decoders want, or has other classes.
+        UserError: there is no data set, it lacks a split or the flow that decoders want, has other classes, or is of
+            another official split than data.split.
     """
     if config.target.path is None:
         return None
@@ -48,6 +49,7 @@ def open_target(config: Config, classes: tuple[str, ...]) -> DataSet | None:
             f"target.path={config.target.path} has {len(data.classes)} classes and data.path={config.data.path} "
             f"{len(classes)}, which differ in {odd!r}: prepare both with the same --class-map"
         )
+    _check_official(data, config, "target.path")
     _check_flow(data, config, learned=config.target.decode)
     return data
 
@@ -67,12 +69,12 @@ def _check_splits(data: DataSet, *splits: str) -> None:
         data.shards(split)
 
 
-def _check_official(data: DataSet, config: Config) -> None:
+def _check_official(data: DataSet, config: Config, key: str) -> None:
     split = (data.official or {}).get("split")
     if split not in (None, config.data.split):
         raise UserError(
             f"{data.location} was prepared from the official split {split}, and data.split is {config.data.split}: set "
-            f"data.split={split}, or data.path to the data of split {config.data.split}"
+            f"data.split={split}, or {key} to the data of split {config.data.split}"
         )
 
 

@@ -120,12 +120,14 @@ class _Stream:
                 f"{self.checkpoint} sees optical flow, but {data.location} was prepared without: prepare it again "
                 "without --no-flow"
             )
-        ours, theirs = self.state.official, data.official or {}
-        if ours.get("lists") == theirs.get("lists") and ours.get("split") != theirs.get("split"):
-            raise UserError(
-                f"{self.checkpoint} was trained on the official split {ours.get('split')}, and {data.location} is of "
-                f"split {theirs.get('split')}, whose test videos it has learned from: test it on data of its own split"
-            )
+        theirs = data.official or {}
+        for ours in (self.state.official, self.state.target_official):
+            if ours.get("lists") == theirs.get("lists") and ours.get("split") != theirs.get("split"):
+                raise UserError(
+                    f"{self.checkpoint} was trained on the official split {ours.get('split')}, and {data.location} is "
+                    f"of split {theirs.get('split')}, whose test videos it has learned from: test it on data of its "
+                    "own split"
+                )
 
 
 def _check(streams: Sequence[_Stream], data: DataSet, split: str) -> None:

@@ -207,19 +207,6 @@ def split_scores(
     return whole
 
 
-def evaluate_split(
-    network: nn.Module,
-    data: DataSet,
-    split: str,
-    config: Config,
-    ranks: Ranks,
-    *,
-    watched: Callable[[EvalLoader], Iterable[ClipBatch]] = iter,
-) -> Metrics:
-    """Accuracy on a split; as `split_scores`."""
-    return metrics(split_scores(network, data, split, config, ranks, watched=watched), len(data.classes))
-
-
 def fuse(first: Scores, second: Scores) -> Scores:
     """Two streams: each video's score is the mean of the two streams' (paper, section 1; Simonyan et al. 2014).
 

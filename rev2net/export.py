@@ -49,8 +49,9 @@ _CHANNELS: dict[Stream, str] = {
 }
 _PREPROCESSING = (
     "float32, clips x channels x frames x rows x columns; channels {channels}; of each frame the largest square, in "
-    "the middle or (3 crops) also at both ends of the longer side, resized to `size` bilinearly; softmax of the "
-    "logits, averaged over the clips of a video"
+    "the middle or (3 crops) also at both ends of the longer side, resized to `size` bilinearly with antialiasing (a "
+    "triangle as wide as the reduction; without it accuracy suffers) and rounded to whole numbers from 0 to 255 before "
+    "all else, codes of flow too; softmax of the logits, averaged over the clips of a video"
 )
 """What stands in an exported file for who feeds it without this package."""
 
@@ -62,7 +63,8 @@ class Description(BaseModel):
     """What a program has to know to feed a network and to read its output.
 
     A video is brought to the size and frame rate of `preparation`; a clip is `frames` of its frames, `stride` apart (or
-    in equal runs from `segments` parts of it), of which the largest square is cut and resized to `size` pixels.
+    in equal runs from `segments` parts of it), of which the largest square is cut and resized, antialiased, to
+    `size` pixels.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -63,7 +63,7 @@ class Objective:
         """
         total = F.cross_entropy(output.logits.float(), label)
         scalars = {"loss/ce": total}
-        if output.scale_logits:  # each scale learns by itself; the mean of two is what is tested
+        if output.scale_logits:  # each scale learns by itself; the sum of two is what is tested
             scalars["loss/ce"] = total.detach()
             total = torch.stack([F.cross_entropy(logits.float(), label) for logits in output.scale_logits]).sum()
             scalars["loss/scales"] = total

@@ -7,7 +7,7 @@ store, beside the tables and configurations themselves.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,7 +45,7 @@ class Result:
     Attributes:
         trainings: the training, or those that are tested.
         cell: their configurations.
-        seed: train.seed; `0+1` where two streams have different ones.
+        seed: train.seed.
         split: the official split, from 1.
         top1: share of the test videos; None where there is none.
         steps: "60 of 60", what was done of what was to be done.
@@ -175,20 +175,20 @@ class Report:
     left_out: int
 
 
-def read_report(store: Store, experiments: Sequence[str] = (), configs: Path = CONFIGS) -> Report:
+def read_report(store: Store, experiments: Sequence[str] = ()) -> Report:
     """Read all that the tables need.
 
     Raises:
         UserError: no such experiment, or no tables where this code was installed.
     """
-    file = configs / "tables.yaml"
+    file = CONFIGS / "tables.yaml"
     if not file.is_file():
         raise UserError(f"there is no {file}: run this command from a checkout, which has the paper's tables")
     tables = yaml.safe_load(file.read_text())
     pairs = {tuple(cell["runs"]) for table in tables.values() for row in table["rows"] for cell in row["cells"]}
     names = {name for pair in pairs for name in pair}
-    made = {name: Wanted.of(configs / f"{name}.yaml") for name in sorted(names)}
-    made |= {start: Wanted.of(configs / f"{start}.yaml") for w in made.values() if (start := w.start) is not None}
+    made = {name: Wanted.of(CONFIGS / f"{name}.yaml") for name in sorted(names)}
+    made |= {start: Wanted.of(CONFIGS / f"{start}.yaml") for w in made.values() if (start := w.start) is not None}
     runs = store.runs(experiments)
     trainings = [_training(store, run, made[name]) for run in runs if (name := _cell_of(run)) in made]
     trainings = _newest(_with_starts(trainings, {name: wanted.start for name, wanted in made.items()}))
@@ -333,15 +333,16 @@ def _test(run: Run, parts: Sequence[Result]) -> Result:
         why_not = f"it tests {lost[0]}, which does not count"
     elif len({part.split for part in parts}) > 1:
         why_not = "its trainings are of different splits"
+    elif len({part.seed for part in parts}) > 1:
+        why_not = "its trainings are of different seeds"
     elif top1 is None or not 0 <= top1 <= 1:
         why_not = f"its test/top1 is {top1}"
-    seeds = [part.seed for part in parts]
     deviations = [text for part in parts for text in _of_training(part)]
     return Result(
         run=run,
         trainings=tuple(part.run for part in parts),
         cell=tuple(name for part in parts for name in part.cell),
-        seed=seeds[0] if len(set(seeds)) == 1 else "+".join(seeds),
+        seed=parts[0].seed,
         split=parts[0].split,
         top1=top1,
         views=run.params.get("eval.views", "?"),
@@ -364,8 +365,8 @@ def _choose(results: Sequence[Result], views: str) -> tuple[Result, ...]:
     faithful = [result for result in chosen.values() if not _of_training(result)]
     if faithful:  # trials of other seeds are no part of their mean
         chosen = {place: result for place, result in chosen.items() if not _of_training(result)}
-    splits = Counter(seed for seed, _ in chosen)
-    most = max(splits.values(), default=0)
+    splits = {seed: tuple(sorted(split for of, split in chosen if of == seed)) for seed, _ in chosen}
+    most = max(splits, key=lambda seed: len(splits[seed]), default="")  # the first such
     made = []
     for result in results:
         first = chosen.get((result.seed, result.split))
@@ -374,8 +375,9 @@ def _choose(results: Sequence[Result], views: str) -> tuple[Result, ...]:
             why_not = f"{first.run.id} counts instead"
         elif why_not is None and faithful and _of_training(result):
             why_not = f"it deviates, and {faithful[0].run.id} is as configured"
-        elif why_not is None and splits[result.seed] < most:
-            why_not = f"seed {result.seed} has {splits[result.seed]} of the {most} splits that another seed has"
+        elif why_not is None and splits[result.seed] != splits[most]:
+            own_splits, others = (", ".join(map(str, splits[seed])) for seed in (result.seed, most))
+            why_not = f"seed {result.seed} has split {own_splits} and seed {most} {others}: no spread of seeds"
         own = f"eval.views={result.views} ({views})"
         odd = result.is_test and result.views != views
         made.append(replace(result, why_not=why_not, deviations=(*result.deviations, *([own] if odd else []))))

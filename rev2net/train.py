@@ -25,7 +25,7 @@ from rev2net.config import Config, to_steps
 from rev2net.data import counts, eval_loader, open_data, open_target, train_loader
 from rev2net.distributed import Ranks, join, limit_collectives, read_ranks
 from rev2net.engine import Engine, build_engine, conv3d_warning, micro_batches, settle_precision
-from rev2net.evaluate import Metrics, decoder_errors, evaluate_split, for_testing
+from rev2net.evaluate import Metrics, decoder_errors, for_testing, metrics, split_scores
 from rev2net.heartbeat import Heartbeat
 from rev2net.models.build import build_network
 from rev2net.models.dann import reversal_factor
@@ -232,11 +232,26 @@ class TrainingRun:
         if self.target is not None and self.config.target.trained_on:
             clips = self.target.num_samples(self.config.target.train_split)
             log.info("adapting to %s: %d clips without labels", self.target.location, clips)
-        warning = conv3d_warning(torch.__version__, torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
-        if warning is not None and self.ranks.device.type == "cuda":
+        for warning in self._warnings():
             log.warning(warning)
         if resumed is not None:
             log.info("going on from %s at step %d", resumed, self.step)
+
+    def _warnings(self) -> Iterator[str]:
+        config = self.config
+        slow = conv3d_warning(torch.__version__, torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+        if slow is not None and self.ranks.device.type == "cuda":
+            yield slow
+        if config.loss.ddp in ("low", "both") and self.ddp_low_from >= self.total:
+            yield (
+                f"the low-level penalty never acts: loss.ddp_low_from={config.loss.ddp_low_from} is not before the "
+                f"end, step {self.total}"
+            )
+        if config.model.partial_bn and config.model.imagenet is None and config.init_from is None:
+            yield (
+                "model.partial_bn=true keeps statistics that nobody has learned: set it to false, or give "
+                "model.imagenet or init_from"
+            )
 
     def train_step(self) -> tuple[dict[str, float], bool]:
         """One optimizer step, or none where the loss or a gradient is not finite.
@@ -361,6 +376,7 @@ class TrainingRun:
             config=self.config.model_dump(mode="json"),
             preparation=self.data.preparation,
             official=dict(self.data.official or {}),
+            target_official=dict(self.target.official or {}) if self.target is not None else {},
             trained_on={name: data.fingerprint() for name, data in self._trained_on.items()},
             updates=self.engine.updates,
             skipped=self.skipped,
@@ -434,7 +450,8 @@ class TrainingRun:
         return values
 
     def _accuracy(self, network: Network, data: DataSet, split: str) -> Metrics:
-        return evaluate_split(network, data, split, self.config, self.ranks, watched=self._watched)
+        scores = split_scores(network, data, split, self.config, self.ranks, watched=self._watched)
+        return metrics(scores, len(data.classes))
 
     def _watched(self, loader: EvalLoader) -> Iterator[ClipBatch]:
         """Its batches, each of which counts as progress. A collective.

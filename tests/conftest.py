@@ -12,6 +12,9 @@ import pytest
 import torch
 from mlflow_server import MlflowServer
 from slurm import Slurm, missing
+from tiny import TINY, Trained, run
+
+from dataloaders.locks import lock
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -84,26 +87,48 @@ def record() -> Callable[[str, str, str], None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes a folder once for all processes of a session; whoever wants it meanwhile waits."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    root = tmp_path_factory.getbasetemp() if alone else tmp_path_factory.getbasetemp().parent
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with lock(folder):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed in the middle
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_data(once: Callable[..., Path]) -> Path:
     """Generated clips of 8 classes (2 for training and 1 for validation each), prepared as VP9 with flow."""
     from rev2net.cli import main
 
-    folder = tmp_path_factory.mktemp("tiny")
-    assert (
-        main(["synth", str(folder / "clips"), "--clips-per-class", "2", "--val-per-class", "1", "--frames", "12"]) == 0
-    )
-    prepare = [
-        "prepare",
-        "folder",
-        str(folder / "clips"),
-        str(folder / "data"),
-        "--codec",
-        "vp9",
-        "--short-side",
-        "128",
-    ]
-    assert main(prepare) == 0
-    return folder / "data"
+    def make(folder: Path) -> None:
+        clips, data = str(folder / "clips"), str(folder / "data")
+        assert main(["synth", clips, "--clips-per-class", "2", "--val-per-class", "1", "--frames", "12"]) == 0
+        assert main(["prepare", "folder", clips, data, "--codec", "vp9", "--short-side", "128"]) == 0
+
+    return once("tiny", make) / "data"
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_data: Path, once: Callable[..., Path]) -> Trained:
+    """A tiny Rev2Net, 6 steps on two processes through the deepspeed launcher, ZeRO-1; nothing is written to it."""
+    command = ["deepspeed", "--num_gpus", "2", "--module", "rev2net", "train", "configs/demo.yaml", *TINY]
+    command += [f"data.path={tiny_data}", "profile.steps=2-3"]
+
+    def make(folder: Path) -> None:
+        (folder / "stdout").write_text(run(*command, f"output={folder}/tiny").stdout)
+
+    folder = once("trained", make)
+    return Trained(folder / "tiny", (folder / "stdout").read_text(), (*command, f"output={folder}/tiny"))
 
 
 @pytest.fixture(scope="session")

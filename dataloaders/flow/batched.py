@@ -17,32 +17,24 @@ CHECK_EVERY = 5
 """Iterations between two looks at whether any pair still moves: each look waits for the GPU."""
 
 
-def tvl1_batched(frames: Tensor, *, pairs: int = 64, settings: Tvl1 = DEFAULT) -> Tensor:
+def tvl1_batched(frames: Tensor, *, settings: Tvl1 = DEFAULT) -> Tensor:
     """Optical flow between the consecutive frames of a clip, on the device of `frames`.
 
     Args:
-        frames: grey frames [T, H, W], uint8, or float32 in the same range 0..255.
-        pairs: frame pairs worked on at a time; about 250 bytes of memory a pixel each.
+        frames: grey frames [T, H, W], uint8, or float32 in the same range 0..255; all pairs are worked on at once, in
+            about 250 bytes of memory a pixel each.
         settings: parameters of the method.
 
     Returns:
         float32 [T - 1, 2, H, W], pixels: flow t leads from frame t to frame t + 1, u (right) before v (down).
 
     Raises:
-        ValueError: the frames are not [T, H, W] of uint8 or float32 with T >= 1 and H, W >= 3, or pairs < 1.
+        ValueError: the frames are not [T, H, W] of uint8 or float32 with T >= 1 and H, W >= 3.
     """
     check_frames(str(frames.dtype).removeprefix("torch."), frames.shape)
-    if pairs < 1:
-        raise ValueError(f"pairs is {pairs}; expected 1 or more")
-    flow = torch.empty((len(frames) - 1, 2, *frames.shape[1:]), dtype=torch.float32, device=frames.device)
-    for start in range(0, len(flow), pairs):
-        # Each frame but the first and the last of a piece is in two pairs; its pyramid is built once.
-        flow[start : start + pairs] = _piece(frames[start : start + pairs + 1].float(), settings)
-    return flow
-
-
-def _piece(frames: Tensor, settings: Tvl1) -> Tensor:
-    levels = [frames]
+    if len(frames) == 1:
+        return torch.empty((0, 2, *frames.shape[1:]), device=frames.device)
+    levels = [frames.float()]  # each frame but the first and the last is in two pairs; its pyramid is built once
     while len(levels) < settings.levels:
         smaller = tuple(round(side * settings.scale) for side in levels[-1].shape[1:])
         if min(smaller) < SMALLEST_LEVEL:

@@ -45,7 +45,7 @@ class OFFFeatures(NamedTuple):
     """What OFF gives to a loss.
 
     Attributes:
-        logits: N x num_classes, the mean of the feature network's logits and the last level's.
+        logits: N x num_classes, the sum of the feature network's logits and the last level's.
         pooled: N x feature_channels, what these logits stand on: the pooled features of the feature network
             averaged over the segments, then those of the last level averaged over the pairs; before dropout, float32.
         scale_logits: N x num_classes each, which have a cross-entropy of their own: the feature network's, then

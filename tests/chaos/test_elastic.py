@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training import Training
+from training import Training, history
 
 Record = Callable[[str, str, str], None]
 
@@ -36,7 +36,7 @@ def moved(source: Training, step: int, target: Training) -> Training:
 
 def worst(run: Training, other: Training, first: int, last: int) -> float:
     """The largest relative difference of the total loss over steps first to last."""
-    mine, theirs = run.history()["loss/total"], other.history()["loss/total"]
+    mine, theirs = history(run)["loss/total"], history(other)["loss/total"]
     return max(abs(mine[step] / theirs[step] - 1) for step in range(first, last + 1))
 
 

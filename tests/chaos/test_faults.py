@@ -13,7 +13,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from mlflow_server import MlflowServer
 from tiny import small_disk, spoil
-from training import Training
+from training import Training, checkpoints, history
 
 from dataloaders.shards import DataSet
 from rev2net.cli import main
@@ -70,7 +70,7 @@ def test_p6_a_full_disk_ends_the_run_on_all_ranks_and_leaves_the_checkpoint_befo
     assert "step-00000006 could not be written" in said and "the previous one is untouched" in said
     assert "Traceback" not in said
     ballast.unlink()
-    assert run.checkpoints() == ["step-00000003"]
+    assert checkpoints(run) == ["step-00000003"]
     run.start().finish()
     assert run.resumed_from() == 3 and run.equals(undisturbed(*STEPS))
     record(
@@ -188,8 +188,8 @@ def test_p11_an_mlflow_server_that_stops_costs_nothing(
     client = MlflowClient(mlflow_server.uri)
     (found,) = client.search_runs([client.get_experiment_by_name("rev2net").experiment_id])
     for term in TERMS:
-        history = client.get_metric_history(found.info.run_id, term)
-        assert {m.step: m.value for m in history} == whole.history()[term] and len(history) == 30
+        sent = client.get_metric_history(found.info.run_id, term)
+        assert {m.step: m.value for m in sent} == history(whole)[term] and len(sent) == 30
     record(
         f"the MLflow server is killed {'for a while' if comes_back else 'for ever'}",
         "training goes on; " + ("everything arrives once it is back" if comes_back else

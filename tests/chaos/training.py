@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 from safetensors.torch import load_file
-from tiny import ROOT, TINY, environment, free_port, rank_environments, wait
+from tiny import ROOT, TINY, Trained, environment, free_port, rank_environments, wait
 
 from rev2net.losses import TERMS
 
@@ -125,17 +125,6 @@ class Training:
                 process.kill()
                 process.wait()
 
-    def history(self) -> dict[str, dict[int, float]]:
-        """What MLflow is sent: the value of each loss term at each step."""
-        found: dict[str, dict[int, float]] = {term: {} for term in TERMS}
-        for line in (self.output / "outbox.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            for term in TERMS:
-                if term in row.get("values", {}):
-                    assert row["step"] not in found[term], f"{term} of step {row['step']} is sent twice"
-                    found[term][row["step"]] = row["values"][term]
-        return found
-
     def steps_done(self) -> list[int]:
         """Every step that any start has logged, repeated ones included."""
         return [int(step) for step in re.findall(r" step (\d+)/", (self.output / "train.log").read_text())]
@@ -150,13 +139,9 @@ class Training:
         found = re.search(r"going on from .* at step (\d+)", self.said())
         return int(found[1]) if found else 0
 
-    def checkpoints(self) -> list[str]:
-        """Names of the checkpoints, oldest first."""
-        return sorted(path.name for path in (self.output / "checkpoints").glob("step-*"))
-
-    def equals(self, other: Training) -> bool:
+    def equals(self, other: Training | Trained) -> bool:
         """The same losses at every step, and bit for bit the same weights, statistics and optimizer state."""
-        names = (self.checkpoints()[-1], other.checkpoints()[-1])
+        names = [checkpoints(run)[-1] for run in (self, other)]
         assert names[0] == names[1], names
         for file in ("weights", "optimizer", "buffers"):
             mine, theirs = (
@@ -164,4 +149,21 @@ class Training:
             )
             if mine.keys() != theirs.keys() or not all(mine[key].equal(theirs[key]) for key in mine):
                 return False
-        return self.history() == other.history()
+        return history(self) == history(other)
+
+
+def history(run: Training | Trained) -> dict[str, dict[int, float]]:
+    """What MLflow is sent: the value of each loss term at each step."""
+    found: dict[str, dict[int, float]] = {term: {} for term in TERMS}
+    for line in (run.output / "outbox.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for term in TERMS:
+            if term in row.get("values", {}):
+                assert row["step"] not in found[term], f"{term} of step {row['step']} is sent twice"
+                found[term][row["step"]] = row["values"][term]
+    return found
+
+
+def checkpoints(run: Training | Trained) -> list[str]:
+    """Names of the checkpoints, oldest first."""
+    return sorted(path.name for path in (run.output / "checkpoints").glob("step-*"))

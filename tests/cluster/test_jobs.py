@@ -100,6 +100,7 @@ def test_a_training_on_this_machine_is_watched_cancelled_and_finished(
     jobs, output = ["--folder", str(tmp_path / "jobs")], tmp_path / "out"
     words = ["submit", "configs/demo.yaml", "--executor", "local", "--tasks-per-node", "2", *jobs, *TINY]
     words += [f"data.path={tiny_data}", f"output={output}", "optim.schedule=constant"]
+    words += ["model.name=i3d", "loss.ddp=none", "loss.ddp_low_from=0"]
 
     def status(job: str) -> str:
         capsys.readouterr()

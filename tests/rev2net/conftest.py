@@ -1,13 +1,11 @@
-"""One training of the small generated data set, shared by the tests that need it."""
+"""Fixtures of the tests of networks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, Trained, run
 from torch import nn
 
 
@@ -26,14 +24,3 @@ def exports_and_compiles() -> Callable[..., None]:
             torch.testing.assert_close(compiled(clip), expected, rtol=0, atol=atol)
 
     return check
-
-
-@pytest.fixture(scope="session")
-def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A tiny Rev2Net, 6 steps on two processes through the deepspeed launcher, ZeRO-1, bf16."""
-    output = tmp_path_factory.mktemp("runs") / "tiny"
-    command = (
-        *("deepspeed", "--num_gpus", "2", "--module", "rev2net", "train", "configs/demo.yaml"),
-        *(f"data.path={tiny_data}", f"output={output}", "profile.steps=2-3", *TINY),
-    )
-    return Trained(output, run(*command).stdout, command)

@@ -1,4 +1,4 @@
-"""One rank of a loop in which rank 1 gets stuck. Arguments: folder, seconds, how ("sleep", "thread", "stop")."""
+"""One rank of a loop in which rank 1 gets stuck. Arguments: folder, seconds, how ("thread", "stop")."""
 
 from __future__ import annotations
 
@@ -35,11 +35,9 @@ def main() -> None:
             if ranks.rank == 1 and step == 3:
                 if how == "stop":
                     os.kill(os.getpid(), signal.SIGSTOP)
-                if how == "thread":
-                    worker = threading.Thread(target=stuck_here, name="lane-0", daemon=True)
-                    worker.start()
-                    worker.join()
-                stuck_here()
+                worker = threading.Thread(target=stuck_here, name="lane-0", daemon=True)
+                worker.start()
+                worker.join()
         time.sleep(1000)
 
 

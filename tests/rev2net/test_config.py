@@ -137,6 +137,8 @@ def test_p12_an_unknown_key_is_refused_with_the_nearest_valid_one(small: Path, o
         ("train.global_batch=2.5", r"^train\.global_batch=2\.5: .*integer"),
         ("train.micro_batch=0", r"^train\.micro_batch=0: .*greater than 0"),
         ("model.flow_decoder=perhaps", r"^model\.flow_decoder='perhaps': .*boolean"),
+        ("target.decode=true", r"^target\.decode=true has no clips to learn from: give target\.path"),
+        ("optim.schedule=step", r"^optim\.schedule=step has no milestones"),
         ("loss.ddp=all", r"^loss\.ddp='all': .*'none', 'low', 'high' or 'both'"),
         ("loss.alpha=-1", r"^loss\.alpha=-1: .*greater than or equal to 0"),
         ("train.precision=fp64", r"^train\.precision='fp64': .*'auto', 'fp32', 'bf16' or 'fp16'"),

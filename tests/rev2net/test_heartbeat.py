@@ -27,14 +27,13 @@ def run_two(folder: Path, how: str) -> tuple[int, str, int]:
     return run_until_first_ends(sys.executable, str(WORKER), str(folder), "8", how)
 
 
-@pytest.mark.parametrize("how", ["sleep", "thread"])
-def test_p10_a_rank_that_is_stuck_is_named_with_its_stacks(how: str, tmp_path: Path) -> None:
-    status, said, pid = run_two(tmp_path, how)
+def test_p10_a_rank_that_is_stuck_is_named_with_its_stacks(tmp_path: Path) -> None:
+    status, said, pid = run_two(tmp_path, "thread")
     assert status == 1
     assert "no rank has made progress for 8 s" in said
     assert f"rank 1 (process {pid} on " in said and "does step 3, it stands at\nthread MainThread:" in said
     assert "in stuck_here" in said and "rank 0 (" not in said and "told: " in said
-    assert ("thread lane-0:" in said) == (how == "thread")
+    assert "thread lane-0:" in said
 
 
 def test_p10_a_stopped_process_is_named_with_its_state(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -198,7 +199,7 @@ def encode(path: Path, frames: int, size: int = 128, options: dict[str, str] | N
 
 
 def test_files_that_are_no_videos_are_named_and_the_others_predicted(
-    trained: Trained, clips: Path, tmp_path: Path
+    trained: Trained, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = {
         "audio.m4a": "holds no video stream",
@@ -210,13 +211,14 @@ def test_files_that_are_no_videos_are_named_and_the_others_predicted(
     }
     videos = [str(clips / name) for name in (*wrong, "half.mp4", "good.mp4")]
     words = ("--json", "--top", "2", "--annotate", str(tmp_path))
-    done = run("rev2net", "predict", str(trained.output), *videos, *words, expect=2)
-    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert main(["predict", str(trained.output), *videos, *words]) == 2
+    out, err = capsys.readouterr()
+    told = [json.loads(line) for line in out.splitlines()]
     assert [entry["video"] for entry in told] == [str(Path(video)) for video in videos]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in err
     for entry, reason in zip(told, wrong.values(), strict=False):
         assert reason in entry["error"] and "windows" not in entry
-        assert f"rev2net predict: {entry['error']}\n" in done.stderr
+        assert f"rev2net predict: {entry['error']}\n" in err
     half, good = told[-2:]
     assert 1.5 < half["end"] < 4 and len(half["windows"]) == 1
     assert "error" not in good
@@ -247,10 +249,13 @@ def test_a_copy_that_the_encoder_refuses_and_odd_names_stop_nothing(
     assert [path.name for path in (tmp_path / "out").iterdir()] == [odd.name]
 
 
-def test_long_videos_are_told_in_windows_and_copied_with_them(trained: Trained, clips: Path, tmp_path: Path) -> None:
+def test_long_videos_are_told_in_windows_and_copied_with_them(
+    trained: Trained, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "copies"
-    words = (str(clips / "whole.mp4"), "--window", "2", "--annotate", str(out))
-    lines = run("rev2net", "predict", str(trained.output), *words).stdout.splitlines()
+    command = ["predict", str(trained.output), str(clips / "whole.mp4"), "--window", "2", "--annotate", str(out)]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(clips / "whole.mp4")
     assert [line.split("s ")[0].split() for line in lines[1:4]] == [
         ["0.0", "-", "2.0"],
@@ -263,11 +268,11 @@ def test_long_videos_are_told_in_windows_and_copied_with_them(trained: Trained, 
     for before, after in zip(*frames, strict=True):
         difference = np.abs(before.astype(int) - after)
         assert difference[:10, :40].mean() > 30 > 3 * difference[64:].mean()
-    again = run("rev2net", "predict", str(trained.output), *words, expect=2)  # it does not replace a file
-    assert "whole.mp4 is there: give --overwrite" in again.stderr
+    assert main(command) == 2  # it does not replace a file
+    assert "whole.mp4 is there: give --overwrite" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["whole.mp4"]
     (out / "whole.mp4").write_bytes(b"old")
-    run("rev2net", "predict", str(trained.output), *words, "--overwrite", "--views", "1x1")
+    assert main([*command, "--overwrite", "--views", "1x1"]) == 0
     assert len(list(decoded(out / "whole.mp4"))) == 120
 
 
@@ -340,7 +345,9 @@ def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict
     folder = tmp_path_factory.mktemp("exported")
     files = {kind: folder / f"tiny.{kind}" for kind in ("pt2", "onnx")}
     for file in files.values():
-        assert "equal to the checkpoint's" in run("rev2net", "export", str(trained.output), str(file)).stdout
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert main(["export", str(trained.output), str(file)]) == 0
+        assert "equal to the checkpoint's" in said.getvalue()
     assert {path.name for path in folder.iterdir()} == {"tiny.pt2", "tiny.onnx"}
     return files
 
@@ -431,11 +438,12 @@ def test_who_reads_no_further_ends_a_prediction_without_a_word(trained: Trained,
 
 
 def test_an_exported_network_predicts_as_its_checkpoint(
-    trained: Trained, exported: dict[str, Path], clips: Path
+    trained: Trained, exported: dict[str, Path], clips: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def scores(network: Path) -> dict[str, float]:
-        words = (str(network), str(clips / "good.mp4"), "--json", "--top", "100")
-        entry = json.loads(run("rev2net", "predict", *words).stdout)
+        capsys.readouterr()
+        assert main(["predict", str(network), str(clips / "good.mp4"), "--json", "--top", "100"]) == 0
+        entry = json.loads(capsys.readouterr().out)
         return {top["class"]: top["score"] for top in entry["top"]}
 
     expected = scores(trained.output)

@@ -193,7 +193,21 @@ def test_a_seed_with_fewer_splits_than_another_does_not_enter(runs: Runs) -> Non
         runs.training("hmdb51-imagenet/tsn-rgb", 0.5 + split / 100, split=split)
     short = runs.training("hmdb51-imagenet/tsn-rgb", 0.9, seed=1)
     assert runs.cell("hmdb51-imagenet/tsn-rgb").value == pytest.approx(0.52)
-    assert runs.why_not(short, "hmdb51-imagenet/tsn-rgb") == "seed 1 has 1 of the 3 splits that another seed has"
+    assert runs.why_not(short, "hmdb51-imagenet/tsn-rgb") == "seed 1 has split 1 and seed 0 1, 2, 3: no spread of seeds"
+
+
+def test_seeds_of_different_splits_have_no_spread_and_streams_of_different_seeds_are_no_seed(runs: Runs) -> None:
+    cell, pair = "hmdb51-imagenet/tsn-rgb", ("ucf101-imagenet/rev2net", "ucf101-imagenet/i3d-flow")
+    for seed, split in ((0, 1), (0, 2), (1, 2), (1, 3)):
+        last = runs.training(cell, 0.5 + split / 10, seed=seed, split=split)
+    assert runs.cell(cell).value == pytest.approx(0.65) and runs.cell(cell).seeds == 1
+    assert runs.why_not(last, cell) == "seed 1 has split 2, 3 and seed 0 1, 2: no spread of seeds"
+    rgb = runs.training(pair[0], 0.9)
+    flows = [runs.training(pair[1], 0.9, seed=seed) for seed in (0, 1)]
+    runs.test(rgb, flows[0], top1=0.7)
+    mixed = runs.test(rgb, flows[1], top1=0.8)
+    assert runs.cell(*pair).value == 0.7 and runs.cell(*pair).seeds == 1
+    assert runs.why_not(mixed, *pair) == "its trainings are of different seeds"
 
 
 def test_what_did_not_come_to_a_good_end_is_named_and_never_averaged(
@@ -551,9 +565,9 @@ def test_p12_another_official_split_holds_clips_that_the_network_has_learned_fro
     capsys: pytest.CaptureFixture[str],
     refused: Callable[..., str],
 ) -> None:
-    def marked(path: Path, official: dict[str, object], name: str) -> None:
+    def marked(path: Path, official: dict[str, object], name: str, key: str = "official") -> None:
         tree = json.loads((path / name).read_text())
-        (path / name).write_text(json.dumps({**tree, "official": official}))
+        (path / name).write_text(json.dumps({**tree, key: official}))
 
     shutil.copytree(streams[0], tmp_path / "run")
     shutil.copytree(tiny_data, tmp_path / "data")
@@ -564,3 +578,7 @@ def test_p12_another_official_split_holds_clips_that_the_network_has_learned_fro
     for other in ({"lists": "hmdb51", "split": 2}, {"lists": "ucf101", "split": 1}):
         marked(tmp_path / "data", other, "dataset.json")
         assert main(list(words)) == 0
+    # As the target domain's unlabelled clips.
+    marked(checkpoint.find(tmp_path / "run"), {"lists": "hmdb51", "split": 1}, "state.json", "target_official")
+    marked(tmp_path / "data", {"lists": "hmdb51", "split": 2}, "dataset.json")
+    assert "trained on the official split 1, and" in refused(*words)

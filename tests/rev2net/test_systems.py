@@ -188,6 +188,10 @@ def test_every_network_trains_and_is_tested_by_the_commands(
         assert json.loads(capsys.readouterr().out)["videos"] == 16
         state = checkpoint.read_tensors(checkpoint.find(output), "weights")
         assert any(name.startswith("discriminator.") for name in state) == ("-to-" in run)
+        untaught = (
+            "model.partial_bn=true keeps statistics that nobody has learned" in (output / "train.log").read_text()
+        )
+        assert untaught == ("tsn" in run)
 
 
 def test_clips_are_played_backwards_where_that_is_asked_for(

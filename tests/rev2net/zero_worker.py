@@ -1,6 +1,7 @@
-"""Run under torchrun: for every ZeRO stage and optimizer, save, restore and go on, and compare losses.
+"""Run under torchrun: for every ZeRO stage and optimizer, save, restore and go on.
 
-Arguments: data folder, output folder. Rank 0 writes losses.json: {case: [loss of each step]}.
+Arguments: data folder, output folder, which cases. Rank 0 writes cases.json: for each case the losses of the steps, and
+the bytes of the optimizer's state on each rank.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def begin(config: Config) -> TrainingRun:
 def main() -> None:
     """All cases, one after the other, in this process group."""
     data, output, cases = sys.argv[1:]
-    results: dict[str, dict[str, list[float]]] = {}
+    results: dict[str, dict[str, object]] = {}
     for stage, optimizer, precision in {"all": ALL, "some": SOME}[cases]:
         if cases == "some" and precision == "bf16" and not computes_in_bf16(torch.device("cpu")):
             precision = "fp32"  # emulated it takes minutes; with all cases it is done all the same
@@ -81,6 +82,10 @@ def main() -> None:
         weights = snapshot.gather_weights(unbroken.engine)
         scale = unbroken.engine.loss_scale
         after = losses(unbroken, LAST)
+        states = unbroken.engine.torch_optimizer.state.values()
+        held = unbroken.ranks.gather(
+            sum(state[name].nbytes for state in states for name in unbroken.engine.state_names)
+        )
         unbroken.loaders[0].close()
         resumed = begin(config)
         assert resumed.step == FIRST
@@ -89,9 +94,9 @@ def main() -> None:
         assert resumed.engine.loss_scale == scale
         again = losses(resumed, LAST)
         resumed.loaders[0].close()
-        results[case] = {"before": before, "after": after, "again": again}
+        results[case] = {"before": before, "after": after, "again": again, "held": held}
     if unbroken.ranks.first:
-        Path(output, "losses.json").write_text(json.dumps(results))
+        Path(output, "cases.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
