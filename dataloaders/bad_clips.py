@@ -16,12 +16,13 @@ class BadClips:
 
     Args:
         limit: share of the last `WINDOW` clips that may be bad.
+        seen: clips before those that it is told of, of a run that goes on; few enough of them were bad.
     """
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, seen: int = 0) -> None:
         self._limit = limit
-        self._steps: deque[tuple[int, int]] = deque()
-        self._bad = self._clips = 0
+        self._bad, self._clips = 0, min(seen, WINDOW)
+        self._steps: deque[tuple[int, int]] = deque([(0, 1)] * self._clips)
 
     def add(self, bad: int, clips: int) -> None:
         """Take one step of `clips` clips, of which `bad` had to be replaced.

@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 STALL_SECONDS = 60.0
 """A batch that takes longer than this is spoken of, and again each time it has taken as long."""
 
+CLOSE_SECONDS = 10.0
+"""So long a loader that is closed waits for the batches under way."""
+
 _MIN_OPEN_SHARDS, _MAX_OPEN_SHARDS = 8, 256
 """Of one lane, however many there are."""
 _MAX_OPEN_ENTRIES = 100_000
@@ -110,6 +113,7 @@ class Ahead(Generic[Task, Result]):
         self._ahead = max(1, ahead)
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"lane-{i}") for i in range(len(lanes))]
         self._under_way: deque[tuple[int, Task, Future[Result]]] = deque()
+        self._begun: list[Future[Result]] = []
         self._idents: dict[int, int] = {}
         self._started = 0
         self._closed = False
@@ -162,12 +166,22 @@ class Ahead(Generic[Task, Result]):
             )
         return future.result()
 
-    def close(self) -> None:
-        """Drop the tasks that have not begun and wait for those that have."""
+    def close(self, timeout: float | None = CLOSE_SECONDS) -> bool:
+        """Drop the tasks that have not begun, and wait for those that have; whether the lanes are free then.
+
+        What takes longer, on a storage that hangs or is slow, is left to the end of the process: a job that was told
+        to stop has no time for it.
+        """
         self._closed = True
-        self._under_way.clear()
         for thread in self._threads:
-            thread.shutdown(cancel_futures=True)
+            thread.shutdown(wait=False, cancel_futures=True)
+        self._begun += [future for *_, future in self._under_way if not future.cancelled()]
+        self._under_way.clear()
+        if wait(self._begun, timeout).not_done:
+            return False
+        for thread in self._threads:
+            thread.shutdown()
+        return True
 
 
 def _position(ident: int | None) -> str:

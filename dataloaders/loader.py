@@ -165,9 +165,9 @@ class TrainLoader:
     def close(self) -> None:
         """Stop the threads; iterating further raises StopIteration."""
         self._fetch.close()
-        self._ahead.close()
-        for lane in self._lanes:
-            lane.close()
+        if self._ahead.close():
+            for lane in self._lanes:
+                lane.close()
 
     def __enter__(self) -> TrainLoader:
         return self
@@ -310,7 +310,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[ClipBatch]:
         if self._ahead is not None:
-            self._ahead.close()
+            self._ahead.close(timeout=None)
         self.failed = []
         known: set[int] = set()
         self._ahead = Ahead(self._lanes, self._load, self._tasks(), max(self._prefetch, len(self._lanes)))
@@ -326,10 +326,9 @@ class EvalLoader:
     def close(self) -> None:
         """Stop the threads; what they are at is done before the lanes close."""
         self._fetch.close()
-        if self._ahead is not None:
-            self._ahead.close()
-        for lane in self._lanes:
-            lane.close()
+        if self._ahead is None or self._ahead.close():
+            for lane in self._lanes:
+                lane.close()
 
     def __enter__(self) -> EvalLoader:
         return self

@@ -91,7 +91,8 @@ class CheckpointWriter:
         self._under_way: Future[None] | None = None
 
     def start(self, snapshot: Snapshot, state: RunState, keep: int | None) -> None:
-        """Begin to write; then all but the last `keep` checkpoints and the best one are dropped (None: none).
+        """Begin to write; then those before it are dropped but the last `keep`, itself included, and the best (None:
+        none are). Later ones, of steps that are done again, are written over in their turn.
 
         The one before must have been waited for.
         """
@@ -116,9 +117,9 @@ class CheckpointWriter:
         target = write(self.folder, snapshot, state)
         log.info("saved %s in %.1f s", target, time.perf_counter() - begin)
         if keep is not None:
-            kept = {*checkpoints(self.folder)[-keep:], best(self.folder)}
-            for old in checkpoints(self.folder):
-                if old not in kept:
+            found = [each for each in checkpoints(self.folder) if each <= target]
+            for old in found[:-keep]:
+                if old != best(self.folder):
                     _drop(old)
 
 

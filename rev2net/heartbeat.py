@@ -23,7 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from rev2net.distributed import FIRST_STEP_TIMEOUT, Ranks
 
 log = logging.getLogger("rev2net")
 
+_SUSPENDED = 5
+"""Intervals without a look of its own after which a watcher knows that its process was suspended, by Slurm say."""
 _LONGEST_INTERVAL = 30.0
 """Seconds between two signs of life, at most: a thousand ranks share the file system."""
 
@@ -100,10 +102,14 @@ class Heartbeat:
         begin = time.monotonic()
         own = (-1, begin)
         seen = [_Seen({}, begin, begin) for _ in range(self._ranks.world_size)] if self._ranks.rank < 2 else []
-        tick = 0
+        tick, last = 0, begin
         while not self._ended.wait(self._interval):
             tick += 1
             now = time.monotonic()
+            if now - last > _SUSPENDED * self._interval:  # nobody can have made progress in a time that was none
+                own = (own[0], now)
+                seen = [replace(known, alive=now, progress=now) for known in seen]
+            last = now
             if own[0] != self._moves:
                 own = (self._moves, now)
             sign = self._sign(tick, with_stacks=now - own[1] >= self._patience)

@@ -13,6 +13,7 @@ from rev2net.config import PLACES, Config, config_from_tree
 _FIXED = (
     "data.holdout",  # it would be tested on clips that it knows, as with the next one
     "data.split",
+    "data.train_split",  # the order of samples would be that of others
     "train.seed",
     "train.global_batch",  # the place in the order of samples and in the schedule is counted in it
     "optim.name",  # whose state the checkpoint holds
@@ -48,7 +49,7 @@ def refuse_another_run(
                 f"{name}.path to the data set as it was to go on"
             )
     was, now = config_from_tree(state.config).flat(), config.flat()
-    for key in _FIXED:
+    for key in (*_FIXED, *(["target.train_split"] if "target" in trained_on else [])):
         if was[key] != now[key]:
             raise UserError(
                 f"{resumed} was trained with {key}={was[key]}, not {now[key]}: choose another output=, or set "

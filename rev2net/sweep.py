@@ -232,7 +232,7 @@ class _Folder:
             user_attrs={"failure": result.failure} if failed else {},
         )
         with lock(self._folder / "sweep"):
-            _cut_torn_line(self._journal)  # of another process, whose disk was full
+            _mend(self._journal)  # another process may have ended in the middle
             self._study.add_trial(trial)
             self._publish()
         shutil.rmtree(self._folder / self._search.name(self._point) / "checkpoints", ignore_errors=True)
@@ -314,8 +314,12 @@ def _is_held(file: Path) -> bool:
         return not free
 
 
-def _cut_torn_line(file: Path) -> None:
-    """Take the end away that a full disk or a crash has torn: the next line would be spoilt by it."""
+def _mend(file: Path) -> None:
+    """Take away what a full disk or a kill has left: the next line would be spoilt by a torn one, and wait for a lock.
+
+    Whoever writes holds the lock of the sweep, so that Optuna's own, a link, is nobody's.
+    """
+    file.with_name(f"{file.name}.lock").unlink(missing_ok=True)
     data = file.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
@@ -326,7 +330,7 @@ def _cut_torn_line(file: Path) -> None:
 def _open_journal(file: Path) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if file.exists():
-        _cut_torn_line(file)
+        _mend(file)
     return optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(file))),
         study_name="sweep",

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,9 @@ RETRY_SECONDS = 5.0
 """Between two tries of a server that does not answer."""
 
 TRIES = 3
-"""Of an entry that a server refuses which otherwise answers."""
+"""Of an entry that a store refuses."""
+_REFUSALS = frozenset({"BAD_REQUEST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS"})
+"""MLflow's codes for an entry that is wrong. All else, a full disk or a locked database say, is the store's trouble."""
 
 PATIENCE_SECONDS = 60.0
 """For a server that does not answer when the training has ended."""
@@ -79,8 +81,8 @@ class Tracker:
             return
         self._outbox = Outbox(Path(config.output), fresh=resumed is None)
         if self._outbox.run is not None:
-            uri, known = self._outbox.run
-            self.run_id = known if uri == self.uri else None
+            # One store may have several names (of a symbolic link, say): it is asked whether it has the run.
+            self.run_id = self._outbox.run[1]
         for row in self._outbox.rows:
             self._forget_after(row.get("anew_after"))
             self._last |= dict.fromkeys(row.get("values", ()), row.get("step", 0))
@@ -107,8 +109,9 @@ class Tracker:
             # MLflow's own parameters cannot change.
             row: dict[str, Any] = {"tags": {CHANGED + key: value for key, value in sorted(changed.items())}}
             if any(not key.startswith((*WITHOUT_EFFECT, *PLACES)) for key in changed):
-                row["anew_after"] = resumed  # steps that are done again give other values
-                self._forget_after(resumed)
+                # Steps that are done again give other values, and so does another test of the step that it stands at.
+                row["anew_after"] = (resumed or 0) - 1
+                self._forget_after(row["anew_after"])
             self._put(row)
 
     def _forget_after(self, step: int | None) -> None:
@@ -124,9 +127,7 @@ class Tracker:
 
     def figure(self, figure: Any, name: str) -> None:
         """Save a matplotlib figure in the run's folder, and log it."""
-        if self._active:
-            figure.savefig(Path(self._config.output) / name)
-            self.file(name)
+        self._keep(name, figure.savefig)
 
     def file(self, name: str) -> None:
         """Log a file of the run's folder, as it is when it is sent."""
@@ -138,9 +139,17 @@ class Tracker:
 
     def json(self, tree: Any, name: str) -> None:
         """Save a tree in the run's folder as JSON, and log it."""
-        if self._active:
-            (Path(self._config.output) / name).write_text(json.dumps(tree))
-            self._put({"file": name})
+        self._keep(name, lambda path: path.write_text(json.dumps(tree)))
+
+    def _keep(self, name: str, write: Callable[[Path], object]) -> None:
+        if not self._active:
+            return
+        try:
+            write(Path(self._config.output) / name)
+        except OSError as error:  # a full disk, which is no reason to lose the evaluation
+            log.warning("%s is lost: %s", name, error)
+            return
+        self.file(name)
 
     def flush(self) -> None:
         """Wait until everything has arrived, in all (`close` included) for at most `PATIENCE_SECONDS`."""
@@ -224,7 +233,7 @@ class Tracker:
                     self._client = self._connect()
                 self._send(self._outbox.first())
             except Exception as error:  # whatever it is, it must not reach the training
-                refused = refused + 1 if self._client is not None else 0
+                refused = refused + 1 if self._client is not None and _is_refusal(error) else 0
                 # Asked anew each time: it may be another server by then, or have lost the run.
                 self._client = None
                 if refused < TRIES:
@@ -302,6 +311,11 @@ class Tracker:
         if config.tracking.parent is not None:
             tags["mlflow.parentRunId"] = config.tracking.parent
         return str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether it is the entry that is wrong: a name that MLflow does not take, a file that somebody has removed."""
+    return isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in _REFUSALS
 
 
 def tracking_uri(config: Config) -> str:

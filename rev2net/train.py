@@ -148,9 +148,13 @@ class TrainingRun:
         self._skipped_in_a_row = 0
         self.replaced: int = state.replaced if state else 0
         self._replaced_before = self.replaced  # before the steps that were skipped in a row
-        self._bad_clips = BadClips(config.loader.max_bad)
         self._own_failures = 0
         self._limited = False
+        self.loaders = [train_loader(self.data, config, self.ranks, self.step)]
+        if self.target is not None and config.target.trained_on:
+            # Both start at the same step, so that every rank's batches are paired whenever it starts.
+            self.loaders.append(train_loader(self.target, config, self.ranks, self.step, of_target=True))
+        self._bad_clips = BadClips(config.loader.max_bad, seen=self.step * batch * len(self.loaders))
         self.tracker = Tracker(
             config,
             active=self.ranks.first,
@@ -158,10 +162,6 @@ class TrainingRun:
             run_id=state.run_id if state else None,
             facts=self._facts(fresh=state is None),
         )
-        self.loaders = [train_loader(self.data, config, self.ranks, self.step)]
-        if self.target is not None and config.target.trained_on:
-            # Both start at the same step, so that every rank's batches are paired whenever it starts.
-            self.loaders.append(train_loader(self.target, config, self.ranks, self.step, of_target=True))
         self.log = StepLog(
             total=self.total, first=self.step, batch=batch, every=config.train.log_every, ranks=self.ranks
         )
@@ -335,15 +335,18 @@ class TrainingRun:
                 log.warning("step %d is skipped: %s", self.step + 1, reason)
             return
         last = self.step + 1
-        older = checkpoint.latest(self.folder)
         self.step = last - MAX_SKIPPED  # nothing has changed since
         self.skipped -= MAX_SKIPPED
         self.replaced = self._replaced_before
-        self.save(keep=None)
         self.finish_saving()
+        saved = checkpoint.folder_of(self.folder, self.step)
+        older = [each for each in checkpoint.checkpoints(self.folder) if each < saved]
+        if self.ranks.broadcast(checkpoint.latest(self.folder) != saved):
+            self.save(keep=None)
+            self.finish_saving()
         raise NonFiniteLossError(
             f"{MAX_SKIPPED} steps in a row were skipped; of step {last}: {reason}. The state before them is saved in "
-            f"{checkpoint.latest(self.folder)} (the checkpoint before it is {older}): look at the clips, or lower "
+            f"{saved} (the checkpoint before it is {older[-1] if older else None}): look at the clips, or lower "
             "optim.lr, and run the same command again; delete the newest checkpoint if its weights are the trouble"
         )
 

@@ -226,6 +226,11 @@ def test_p8_too_many_bad_clips_of_the_last_thousand_end_a_run_and_few_never_do()
     many.add(3, 16)
     with pytest.raises(RuntimeError, match=r"1\d of the last 100\d clips"):
         many.add(2, 16)
+    # A run that goes on has seen others before.
+    resumed = BadClips(0.01, seen=5000)
+    resumed.add(9, 16)
+    with pytest.raises(RuntimeError, match=r"11 of the last 1000 clips"):
+        resumed.add(2, 16)
     # What is longer ago than a thousand clips is forgotten.
     forgiven = BadClips(0.01)
     for _ in range(20):
@@ -444,3 +449,13 @@ def test_h264_works_with_auto(tmp_path: Path) -> None:
     plain = make_dataset(tmp_path, shard_sizes=(2,), codec="h264")
     (batch,) = take(train(plain, backend="auto", shape=replace(SHAPE, stride=2)), 1)
     assert batch.video.shape == (4, 3, 8, 32, 32)
+
+
+def test_p7_a_batch_that_does_not_come_holds_up_no_end() -> None:
+    """A job that was told to stop has no time for a storage that hangs."""
+    arrives = threading.Event()
+    batches = lanes.Ahead([Mock(), Mock()], lambda _, task: task and arrives.wait(60), iter(range(9)), 4)
+    next(batches)
+    assert not batches.close(timeout=0.2)
+    arrives.set()
+    assert batches.close() and list(batches) == []

@@ -115,6 +115,11 @@ def main() -> None:
                 finite = all(bool(tensor.isfinite().all()) for tensor in after.values())
                 found.append((run.step, bool(scalars), same, finite))
                 before = after
+                if stage == 1 and run.step == 4:  # saved and evaluated: it is what the run goes back to
+                    run.save()
+                    run.finish_saving()
+                    if run.ranks.first:
+                        checkpoint.write_evaluation(checkpoint.folder_of(run.folder, 4), {"val/top1": 0.5})
         except NonFiniteLossError as error:
             message = str(error)
         saved = checkpoint.latest(run.folder)
@@ -128,6 +133,7 @@ def main() -> None:
         if run.ranks.first:
             row = {"steps": found, "message": message, "saved": saved.name, "whole": whole}
             row |= {"resumed": (resumed.step, resumed.skipped, sorted(updates))}
+            row |= {"evaluation": checkpoint.read_evaluation(saved)}
             with Path(output, "stages.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
 

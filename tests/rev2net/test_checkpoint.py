@@ -111,6 +111,12 @@ def test_p6_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_training(
     assert written(tmp_path, 2, keep=1) == ["01", "02"] and "could not be removed: protected" in caplog.text
 
 
+def test_p6_later_checkpoints_of_steps_that_are_done_again_do_not_push_out_the_new_ones(tmp_path: Path) -> None:
+    written(tmp_path, 1, 2, 3, 4)
+    assert written(tmp_path, 2, keep=1) == ["02", "03", "04"] and checkpoint.find(tmp_path).name == "step-00000002"
+    assert written(tmp_path, 3, keep=1) == ["03", "04"] and checkpoint.find(tmp_path).name == "step-00000003"
+
+
 def test_p6_what_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
     written(tmp_path, 1)
     (tmp_path / ".step-00000002.partial").write_text("not a folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from tiny import TINY, run, run_until_first_ends, wait
+from tiny import ROOT, TINY, environment, run, run_until_first_ends, wait
 
 from rev2net import heartbeat
 from rev2net.distributed import Ranks
@@ -56,6 +57,34 @@ def test_p10_a_full_disk_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert not told
         wait("the watch to see that nothing goes on", lambda: told, seconds=20)
     assert exits.called and "rank 0 (" in told[0] and "trains, it stands at\nthread MainThread" in told[0]
+
+
+SUSPENDED = """
+import sys, time
+from pathlib import Path
+import torch
+from rev2net.distributed import Ranks
+from rev2net.heartbeat import Heartbeat
+alone = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+with Heartbeat(alone, Path(sys.argv[1]), 6, on_hang=print) as heart:
+    heart.first_step_done()
+    heart.beat("computes")
+    time.sleep(1)
+    print("ready", flush=True)
+    for _ in range(10):
+        time.sleep(0.1)
+"""
+
+
+def test_p10_a_job_that_was_suspended_does_not_hang(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SUSPENDED, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(10)
+        process.send_signal(signal.SIGCONT)
+        said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, "")
 
 
 STUCK = """

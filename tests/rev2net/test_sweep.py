@@ -409,15 +409,18 @@ def test_p11_results_do_not_wait_for_a_server_that_is_away(
     assert parent.data.metrics["best/top1"] == 0.5
 
 
-def test_a_line_torn_by_another_process_spoils_no_result(tmp_path: Path) -> None:
+def test_a_line_torn_by_another_process_spoils_no_result_and_its_lock_holds_nobody_up(tmp_path: Path) -> None:
     config, grids = untracked(tmp_path)
     folder = _Folder(config, grids)
+    left = tmp_path / "run-sweep" / "journal.log.lock"
     for top1 in (0.2, 0.3):
         with ExitStack() as held, (tmp_path / "run-sweep" / "journal.log").open("a") as journal:
             assert folder.claim(held)[0]
             journal.write('{"op_code": 4, "torn')  # another process's last words on a full disk
             journal.flush()
+            left.symlink_to("runs/run-sweep/journal.log")  # as a kill leaves it; the path is relative to elsewhere
             folder.add(Result(top1=top1, cross_entropy=1.0))
+    left.symlink_to("runs/run-sweep/journal.log")
     for known in (folder, _Folder(config, grids)):
         assert [result.top1 for result in known._results().values()] == [0.2, 0.3]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 from mlflow_server import MlflowServer
-from tiny import environment
+from tiny import environment, small_disk, wait
 
 from rev2net import tracking
 from rev2net.config import Config, load_config
@@ -122,10 +123,71 @@ def test_steps_done_again_after_a_change_are_logged_anew(words: list[str], tmp_p
             tracker.metrics({"x": value}, resumed + 10)
     with Tracker(changed, active=True, resumed=30) as tracker:
         tracker.metrics({"x": 9.0, "y": 2.0}, 30)
+    assert history(tracker.uri, "y")[0][-1] == (30, 2.0 if words == ["optim.lr=0.5"] else 1.0)
     anew = words == ["optim.lr=0.5"]
     redone = [(20, 7.0), (30, 8.0)] if anew else []
     assert sorted(history(tracker.uri)[0]) == sorted([(10, 1.0), (20, 2.0), (30, 3.0), *redone])
     assert [value for _, value in history(tracker.uri, "y")[0]] == ([1.0, 2.0] if anew else [1.0])
+
+
+def test_another_test_of_the_step_that_a_run_stands_at_is_logged(tmp_path: Path) -> None:
+    with Tracker(configuration(tmp_path), active=True) as tracker:
+        tracker.metrics({"x": 0.5}, 30)
+    views = load_config("configs/demo.yaml", [f"output={tmp_path}/run", "data.path=nowhere", "eval.views=10x3"])
+    for value in (0.7, 0.8):  # the second time nothing has changed
+        with Tracker(views, active=True, resumed=30) as tracker:
+            tracker.metrics({"x": value}, 30)
+    assert history(tracker.uri) == [[(30, 0.5), (30, 0.7)]]
+
+
+def test_p11_a_store_whose_disk_is_full_gets_everything_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It answers, and takes nothing."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.1)
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        uri = f"sqlite:///{disk}/mlflow.db"
+        tracker = Tracker(configuration(tmp_path, uri), active=True)
+        tracker.metrics({"x": 1.0}, 1)
+        tracker.flush()
+        tries, send = [], tracker._send
+        monkeypatch.setattr(tracker, "_send", lambda row: (tries.append(row), send(row)))
+        with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(512))
+        for step in (2, 3):
+            tracker.metrics({"x": float(step), **{f"y{i}": 0.0 for i in range(90)}}, step)
+        wait("more tries than a refused entry has", lambda: len(tries) > tracking.TRIES + 2)
+        (disk / "ballast").unlink()
+        tracker.flush()
+        tracker.close()
+        assert history(uri) == [[(1, 1.0), (2, 2.0), (3, 3.0)]]
+    assert "refuses" not in caplog.text and "answers again" in caplog.text
+
+
+def test_a_store_that_has_another_name_now_keeps_its_run(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "home").symlink_to("one")
+    with Tracker(configuration(tmp_path / "home"), active=True) as tracker:
+        tracker.metrics({"x": 1.0}, 1)
+    (tmp_path / "one").rename(tmp_path / "two")
+    (tmp_path / "home").unlink()
+    (tmp_path / "home").symlink_to("two")
+    with Tracker(configuration(tmp_path / "home"), active=True, resumed=1) as again:
+        again.metrics({"x": 2.0}, 2)
+    assert again.uri != tracker.uri and again.run_id == tracker.run_id
+    assert history(again.uri) == [[(1, 1.0), (2, 2.0)]]
+
+
+def test_a_picture_that_the_disk_does_not_take_does_not_end_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Tracker(configuration(tmp_path), active=True) as tracker:
+        (tmp_path / "run" / "matrix.json").mkdir()  # what cannot be written
+        tracker.json({}, "matrix.json")
+        tracker.metrics({"x": 1.0}, 1)
+    assert "matrix.json is lost" in caplog.text and history(tracker.uri) == [[(1, 1.0)]]
 
 
 def test_a_complete_training_is_finished_whatever_was_left_of_it(tmp_path: Path) -> None:

@@ -272,6 +272,8 @@ def test_p9_a_step_without_a_finite_loss_is_skipped_and_three_in_a_row_end_the_r
         assert "3 steps in a row were skipped; of step 7: its loss is not finite on rank 1 (clips " in stage["message"]
         assert stage["saved"] == "step-00000004" and stage["whole"]
         assert stage["resumed"] == [4, 2, [2.0]]
+        assert "step-00000004 (the checkpoint before it is None)" in stage["message"]
+    assert [stage["evaluation"] for stage in stages] == [None, {"val/top1": 0.5}, None]
     record(
         "NaN in the clips of one rank, infinite gradients (ZeRO 0, 1, 3)",
         "the step is skipped on all ranks, of a loss rank and clips are named, weights and statistics stay; three in a "
@@ -385,7 +387,7 @@ def test_p12_user_mistakes_are_one_sentence(
     assert "another architecture" in refused(
         *demo, f"output={trained.output}", "train.duration=9steps", "model.width=0.5"
     )
-    for changed in ("train.global_batch=16", "optim.name=sgd"):
+    for changed in ("train.global_batch=16", "optim.name=sgd", "data.train_split=val"):
         said = refused(*demo, f"output={trained.output}", "train.duration=9steps", changed)
         assert "was trained with" in said and f"not {changed.split('=')[1]}: choose another output=" in said
     shutil.copytree(tiny_data, tmp_path / "other")
