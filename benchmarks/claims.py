@@ -414,10 +414,13 @@ def in_short(found: Found) -> list[str]:
 
 
 def of_streams(found: Found) -> list[dict[str, Any]]:
-    """The accuracies inside the rows of two streams, as rows of the form `fused`."""
+    """The accuracies inside the rows of two streams, and of flow alone where it has no other, in the form `fused`."""
     made = []
+    flows, runs = {flow for _, flow in FUSED.values()}, {row["run"] for row in found}
     for row in found:
         _, task, system, seed = row["run"].split("/")
+        if system in flows and row["run"].replace("-flow/", "-both/") not in runs:
+            made.append({**row, "run": f"fused/{task}/{system}/{seed}"})
         if system not in FUSED:
             continue
         for name, key in zip((*FUSED[system], system), ("rgb", "flow", "target"), strict=True):

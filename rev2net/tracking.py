@@ -30,7 +30,10 @@ RETRY_SECONDS = 5.0
 
 TRIES = 3
 """Of an entry that a store refuses."""
-_REFUSALS = frozenset({"BAD_REQUEST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS"})
+_REFUSALS = frozenset({
+    *("BAD_REQUEST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS"),
+    "RESOURCE_DOES_NOT_EXIST",  # not our run, which is asked for before each try
+})  # fmt: skip
 """MLflow's codes for an entry that is wrong. All else, a full disk or a locked database say, is the store's trouble."""
 
 PATIENCE_SECONDS = 60.0

@@ -245,9 +245,10 @@ def test_an_entry_that_the_store_refuses_does_not_hold_up_the_others(
     with Tracker(configuration(tmp_path), active=True) as tracker:
         tracker.metrics({"x": 1.0}, 1)
         tracker._put({"file": "a picture that somebody has removed.png"})
+        tracker._put({"replaces": 32 * "0"})  # a run that was deleted for good
         tracker.metrics({"a/b?c": 1.0, "x": 2.0}, 2)  # not a name that MLflow takes
         tracker.metrics({"x": 3.0}, 3)
-    assert caplog.text.count("refuses an entry, which is dropped") == 2
+    assert caplog.text.count("refuses an entry, which is dropped") == 3
     assert history(tracker.uri) == [[(1, 1.0), (3, 3.0)]]
     assert tracker.run_id is not None
     run = MlflowClient(tracker.uri).get_run(tracker.run_id)
