@@ -67,6 +67,14 @@ class Lane:
             self._close_reader(next(iter(self._readers)))
         return reader
 
+    def reopen(self, shard: ShardInfo) -> ShardReader:
+        """A new reader in place of the shard's; where it cannot be opened the old one stays. Errors as of `reader`."""
+        fresh = shard.open()
+        self._close_reader(shard.path)
+        self._readers[shard.path] = fresh
+        self._entries += len(fresh)
+        return fresh
+
     def _close_reader(self, path: Path) -> None:
         reader = self._readers.pop(path)
         self._entries -= len(reader)

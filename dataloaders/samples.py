@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from queue import SimpleQueue
 
 from dataloaders.batch import ClipRequest
-from dataloaders.errors import DecodeError, UserError
+from dataloaders.errors import DecodeError, ReadError, UserError
 from dataloaders.lanes import Lane
 from dataloaders.order import GlobalOrder, Location
 from dataloaders.plan import ClipPlan, ClipShape
@@ -54,7 +54,15 @@ class Samples:
         """The sample's description and videos; DecodeError for a damaged shard or sample."""
         reader, index = self._find(lane, place)
         key = _key(reader, index)
-        parts = reader.read(index, self._extensions)
+        try:
+            parts = reader.read(index, self._extensions)
+        except ReadError as error:
+            # A file that a server has forgotten is stale for as long as it is open, and whole once it is opened anew.
+            try:
+                reader = lane.reopen(self._shards[place.shard])
+            except (OSError, UserError):
+                raise error from None
+            parts = reader.read(index, self._extensions)
         for extension in self._extensions:
             if extension not in parts:
                 raise DecodeError(key, f"has no {extension} in its shard")

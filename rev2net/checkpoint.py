@@ -56,6 +56,7 @@ class RunState:
         skipped: how many of the steps did not change the weights, because the loss or gradients were not finite.
         replaced: how many clips could not be decoded so far.
         loss_scale: of fp16's scaler; None without one.
+        log: sums of the losses that no line of the log has told of yet (`StepLog.begun`).
         official: the official lists and split that its data is of (`DataSet.official`); empty where it is of none.
         target_official: the same of the target domain.
         trained_on: the fingerprints of what it learns from, `data` and perhaps `target`; empty in older checkpoints.
@@ -71,6 +72,7 @@ class RunState:
     skipped: int = 0
     replaced: int = 0
     loss_scale: dict[str, float] | None = None
+    log: dict[str, Any] = field(default_factory=dict)
     official: dict[str, Any] = field(default_factory=dict)
     target_official: dict[str, Any] = field(default_factory=dict)
     trained_on: dict[str, str] = field(default_factory=dict)

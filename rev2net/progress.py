@@ -34,17 +34,29 @@ def memory_gib(device: torch.device) -> float:
 
 
 class StepLog:
-    """Averages the scalars of the last N steps and writes them as one line, on rank 0."""
+    """Averages the scalars of the last N steps and writes them as one line, on rank 0.
 
-    def __init__(self, *, total: int, first: int, batch: int, every: int, ranks: Ranks) -> None:
+    Args:
+        begun: `begun` of the run that goes on, for the steps that no line has told of.
+    """
+
+    def __init__(
+        self, *, total: int, first: int, batch: int, every: int, ranks: Ranks, begun: Mapping[str, Any] | None = None
+    ) -> None:
         self._total, self._batch, self._every, self._ranks = total, batch, every, ranks
-        self._sums: dict[str, float] = {}
-        self._count = self._finite = 0
+        self._sums: dict[str, float] = dict(begun["sums"]) if begun else {}
+        self._finite = int(begun["steps"]) if begun else 0
+        self._count = 0
         self._waited = 0.0
         self._since = time.perf_counter()
         self._pace: float | None = None
         terminal = ranks.first and sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=first, unit="step", desc="train") if terminal else None
+
+    @property
+    def begun(self) -> dict[str, Any]:
+        """The sums of the steps since the last line, and their number."""
+        return {"sums": dict(self._sums), "steps": self._finite}
 
     def add(self, step: int, scalars: Mapping[str, float], rate: float, waited: float) -> dict[str, float] | None:
         """Take one step's scalars; every N-th time, and at the last step, return and write the averages.

@@ -163,7 +163,12 @@ class TrainingRun:
             facts=self._facts(fresh=state is None),
         )
         self.log = StepLog(
-            total=self.total, first=self.step, batch=batch, every=config.train.log_every, ranks=self.ranks
+            total=self.total,
+            first=self.step,
+            batch=batch,
+            every=config.train.log_every,
+            ranks=self.ranks,
+            begun=state.log if state else None,
         )
         self.heart = Heartbeat(
             self.ranks,
@@ -385,6 +390,7 @@ class TrainingRun:
             skipped=self.skipped,
             replaced=self.replaced,
             loss_scale=self.engine.loss_scale,
+            log=self.log.begun,
         )
         copy = snapshot.take(self.engine)
         if copy is not None:

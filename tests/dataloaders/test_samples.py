@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from tiny_data import make_dataset
 
-from dataloaders.errors import DecodeError
+from dataloaders.errors import DecodeError, ReadError
 from dataloaders.lanes import Lane
 from dataloaders.order import Location
 from dataloaders.pyav_backend import PyAVBackend
@@ -34,4 +36,27 @@ def test_p8_a_video_that_has_changed_in_its_shard_is_no_clip(extension: str, tmp
     # What is not wanted is not looked at.
     other = Samples(data, "train", with_flow=extension == "mp4", with_rgb=extension == "flow.mp4")
     assert other.read(lane, second)[0].label == 1
+    lane.close()
+
+
+def test_p8_a_file_that_its_server_has_forgotten_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_dataset(tmp_path, shard_sizes=(2,), flow_size=None)
+    samples, lane = Samples(data, "train", with_flow=False), Lane(PyAVBackend(workers=1))
+    place = Location(sample=0, shard=0, index_in_shard=0, epoch=0)
+    (shard,) = data.shards("train")
+    before, read = lane.reader(shard), os.pread
+
+    def stale(descriptor: int, size: int, offset: int) -> bytes:
+        if lane.reader(shard) is before:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", stale)
+    with monkeypatch.context() as gone:
+        gone.setattr(Path, "is_file", lambda _: False)
+        with pytest.raises(ReadError, match="Stale file handle"):
+            samples.read(lane, place)
+    assert samples.read(lane, place)[0].label == 0 and lane.reader(shard) is not before
     lane.close()

@@ -171,6 +171,7 @@ def test_p4_resume_is_bit_equal_and_stays_in_the_same_run(tiny_data: Path, other
             f"output={tmp_path}/{name}",
             "train.duration=5steps",
             "train.keep_checkpoints=1",
+            "train.log_every=2",
         ]
 
     whole, parts = (load_config(c[0], c[1:]) for c in (configuration("whole"), configuration("parts")))
@@ -187,7 +188,7 @@ def test_p4_resume_is_bit_equal_and_stays_in_the_same_run(tiny_data: Path, other
     ids = {r.info.run_name: r.info.run_id for r in client.search_runs([experiment])}
     for term in TERMS:
         a, b = ([m.value for m in client.get_metric_history(ids[n], term)] for n in ("whole", "parts"))
-        assert len(a) == 5 and a == b, term
+        assert len(a) == 3 and a == b, term  # of step 4 a mean over what was before the end and after it
     last = [load_file(tmp_path / n / "checkpoints/step-00000005/weights.safetensors") for n in ("whole", "parts")]
     assert "discriminator.out.weight" in last[0]
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
