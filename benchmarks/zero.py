@@ -61,10 +61,7 @@ def worker(width: float) -> None:
         network = build_network(config, 400)
         parameters = sum(p.numel() for p in network.parameters())
         engine = build_engine(config, ranks, network)
-        states = engine.torch_optimizer.state.values()
-        # `step` counts on the host.
-        held = sum(state[name].nbytes for state in states for name in engine.state_names)
-        row = {"stage": stage, "parameters": parameters, "bytes": ranks.gather(held)}
+        row = {"stage": stage, "parameters": parameters, "bytes": ranks.gather(engine.optimizer_bytes)}
         row["copy"] = seconds(lambda: snapshot.take(engine))  # noqa: B023 - called at once
         taken = snapshot.take(engine)
         if taken is not None:

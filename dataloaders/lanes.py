@@ -59,8 +59,7 @@ class Lane:
                 for path in [path for path, other in self._readers.items() if other.removed]:
                     self._close_reader(path)
             reader = shard.open()
-            self._readers[shard.path] = reader
-            self._entries += len(reader)
+            self._add_reader(shard.path, reader)
         self._readers.move_to_end(shard.path)
         most = _max_open_shards()
         while len(self._readers) > 1 and (len(self._readers) > most or self._entries > _MAX_OPEN_ENTRIES):
@@ -71,9 +70,12 @@ class Lane:
         """A new reader in place of the shard's; where it cannot be opened the old one stays. Errors as of `reader`."""
         fresh = shard.open()
         self._close_reader(shard.path)
-        self._readers[shard.path] = fresh
-        self._entries += len(fresh)
+        self._add_reader(shard.path, fresh)
         return fresh
+
+    def _add_reader(self, path: Path, reader: ShardReader) -> None:
+        self._readers[path] = reader
+        self._entries += len(reader)
 
     def _close_reader(self, path: Path) -> None:
         reader = self._readers.pop(path)
@@ -121,7 +123,6 @@ class Ahead(Generic[Task, Result]):
         self._ahead = max(1, ahead)
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"lane-{i}") for i in range(len(lanes))]
         self._under_way: deque[tuple[int, Task, Future[Result]]] = deque()
-        self._begun: list[Future[Result]] = []
         self._idents: dict[int, int] = {}
         self._started = 0
         self._closed = False
@@ -183,9 +184,8 @@ class Ahead(Generic[Task, Result]):
         self._closed = True
         for thread in self._threads:
             thread.shutdown(wait=False, cancel_futures=True)
-        self._begun += [future for *_, future in self._under_way if not future.cancelled()]
-        self._under_way.clear()
-        if wait(self._begun, timeout).not_done:
+        begun = [future for *_, future in self._under_way if not future.cancelled()]
+        if wait(begun, timeout).not_done:
             return False
         for thread in self._threads:
             thread.shutdown()

@@ -119,9 +119,10 @@ class CheckpointWriter:
         target = write(self.folder, snapshot, state)
         log.info("saved %s in %.1f s", target, time.perf_counter() - begin)
         if keep is not None:
-            found = [each for each in checkpoints(self.folder) if each <= target]
-            for old in found[:-keep]:
-                if old != best(self.folder):
+            until = [each for each in checkpoints(self.folder) if each <= target]
+            kept = {*until[-keep:], best(self.folder)}
+            for old in until:
+                if old not in kept:
                     _drop(old)
 
 

@@ -172,6 +172,11 @@ class Engine:
         return inner
 
     @property
+    def optimizer_bytes(self) -> int:
+        """What this rank holds of the optimizer's state, without its count of steps, which is on the host."""
+        return sum(state[name].nbytes for state in self.torch_optimizer.state.values() for name in self.state_names)
+
+    @property
     def state_names(self) -> tuple[str, ...]:
         """Names of the optimizer's tensors for each parameter."""
         return ("momentum_buffer",) if self.config.optim.name == "sgd" else ("exp_avg", "exp_avg_sq")

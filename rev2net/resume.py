@@ -13,7 +13,6 @@ from rev2net.config import PLACES, Config, config_from_tree
 _FIXED = (
     "data.holdout",  # it would be tested on clips that it knows, as with the next one
     "data.split",
-    "data.train_split",  # the order of samples would be that of others
     "train.seed",
     "train.global_batch",  # the place in the order of samples and in the schedule is counted in it
     "optim.name",  # whose state the checkpoint holds
@@ -49,7 +48,7 @@ def refuse_another_run(
                 f"{name}.path to the data set as it was to go on"
             )
     was, now = config_from_tree(state.config).flat(), config.flat()
-    for key in (*_FIXED, *(["target.train_split"] if "target" in trained_on else [])):
+    for key in (*_FIXED, *(f"{name}.train_split" for name in trained_on)):
         if was[key] != now[key]:
             raise UserError(
                 f"{resumed} was trained with {key}={was[key]}, not {now[key]}: choose another output=, or set "

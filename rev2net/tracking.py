@@ -113,7 +113,8 @@ class Tracker:
             row: dict[str, Any] = {"tags": {CHANGED + key: value for key, value in sorted(changed.items())}}
             if any(not key.startswith((*WITHOUT_EFFECT, *PLACES)) for key in changed):
                 # Steps that are done again give other values, and so does another test of the step that it stands at.
-                row["anew_after"] = (resumed or 0) - 1
+                assert resumed is not None, "a fresh outbox has no rows"
+                row["anew_after"] = resumed - 1
                 self._forget_after(row["anew_after"])
             self._put(row)
 

@@ -82,10 +82,7 @@ def main() -> None:
         weights = snapshot.gather_weights(unbroken.engine)
         scale = unbroken.engine.loss_scale
         after = losses(unbroken, LAST)
-        states = unbroken.engine.torch_optimizer.state.values()
-        held = unbroken.ranks.gather(
-            sum(state[name].nbytes for state in states for name in unbroken.engine.state_names)
-        )
+        held = unbroken.ranks.gather(unbroken.engine.optimizer_bytes)
         unbroken.loaders[0].close()
         resumed = begin(config)
         assert resumed.step == FIRST
