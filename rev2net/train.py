@@ -144,6 +144,7 @@ class TrainingRun:
         resumed = self.ranks.broadcast(checkpoint.recover(self.folder) if self.ranks.first else None)
         self.engine, state = self._start_engine(resumed)
         self.step: int = state.step if state else 0
+        self._begun_at = self.step
         self.skipped: int = state.skipped if state else 0
         self._skipped_in_a_row = 0
         self.replaced: int = state.replaced if state else 0
@@ -237,7 +238,7 @@ class TrainingRun:
         if self.target is not None and self.config.target.trained_on:
             clips = self.target.num_samples(self.config.target.train_split)
             log.info("adapting to %s: %d clips without labels", self.target.location, clips)
-        for warning in self._warnings():
+        for warning in self._warnings() if self.ranks.first else ():  # other ranks' warnings are shown too
             log.warning(warning)
         if resumed is not None:
             log.info("going on from %s at step %d", resumed, self.step)
@@ -423,7 +424,12 @@ class TrainingRun:
         try:
             return self.evaluate()
         except EvaluationStoppedError:
-            log.info("the evaluation of step %d is left to the next start", self.step)
+            log.info("the evaluation of step %d is left to the next start, which begins it anew", self.step)
+            if self.step == self._begun_at and self.ranks.first:
+                log.warning(
+                    "this start had time for a part of that evaluation and nothing else: where the next one has no "
+                    "more, the run never ends; give it a longer time limit or more ranks, or set fewer eval.views"
+                )
             return None
 
     def evaluate(self) -> dict[str, float]:

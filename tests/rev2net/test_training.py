@@ -337,21 +337,28 @@ def test_init_from_replaces_the_head_only(trained: Trained, tiny_data: Path, tmp
         assert torch.equal(network.state_dict()[max(head)], source[max(head)]) == taken_over
 
 
-def test_p7_a_stop_does_not_wait_for_an_evaluation(tiny_data: Path, tmp_path: Path) -> None:
+def test_p7_a_stop_does_not_wait_for_an_evaluation(
+    tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its checkpoint is there: the next start does what was left, once."""
     words = [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/run", "model.name=i3d", "loss.ddp=none"]
     words += ["train.duration=2steps", "train.eval_every=1steps", "eval.views=10x1", "eval.batch=1"]
+    caplog.set_level("INFO")
     config = load_config("configs/demo.yaml", words)
     evaluation = [False] * (8 * 10 // ASK_EVERY)
     asked = iter([False, *evaluation[1:], True])
     results = [train(config, stop_requested=lambda: next(asked))]
     folder = tmp_path / "run" / "checkpoints" / "step-00000001"
-    assert checkpoint.read_evaluation(folder) is None
+    assert checkpoint.read_evaluation(folder) is None and "begins it anew" in caplog.text
+    assert "and nothing else" not in caplog.text
+    results.append(train(config, stop_requested=lambda: True))
+    assert checkpoint.read_evaluation(folder) is None and "and nothing else" in caplog.text
     asked = iter([*evaluation, False, True])
     results.append(train(config, stop_requested=lambda: next(asked)))
     assert checkpoint.read_evaluation(folder) is not None
     results.append(train(config))
     assert [(result.step, result.finished, bool(result.metrics)) for result in results] == [
+        (1, False, False),
         (1, False, False),
         (2, False, False),
         (2, True, True),
