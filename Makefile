@@ -49,9 +49,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "==> the whole suite; real-clip tests skip where ../shared is absent"
-	@# Three files at a time on two cores: much of a test is waiting for processes.
+	@# Two files at a time: much of a test is waiting for processes.
 	@# Without GPUs, also where there are some: make test-gpu is for those.
-	CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu $(BIN)/python -m pytest -m 'not gpu and not chaos' -n 3 --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu $(BIN)/python -m pytest -m 'not gpu and not chaos' -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -61,7 +61,7 @@ class TrainLoader:
         micro_batch: clips in one iteration on this rank.
         backend: `auto` is DALI where it can decode the data set on `device`, else PyAV.
         workers: decoding threads of this rank.
-        prefetch: micro-batches decoded ahead.
+        prefetch: micro-batches that are decoded and wait, beside those that are being decoded.
         pipelines_per_gpu: DALI pipelines, taking turns (one pipeline feeds one NVDEC unit).
         with_flow: also decode the flow.
         with_rgb: False decodes the flow alone.
@@ -119,7 +119,7 @@ class TrainLoader:
             with_rgb=with_rgb,
         )
         self._fetch = FetchAhead(self._source, self._order)
-        self._ahead = Ahead(self._lanes, self._load, self._tasks(start_step), max(prefetch, len(self._lanes)))
+        self._ahead = Ahead(self._lanes, self._load, self._tasks(start_step), prefetch + len(self._lanes))
         self.failures: list[tuple[str, str]] = []
         self.num_samples = self._order.num_samples
 
@@ -232,8 +232,10 @@ class TrainLoader:
     @staticmethod
     def _next_try(attempt: int, error: DecodeError) -> int:
         if attempt == _REPLACEMENT_TRIES:
+            unread = isinstance(error, ReadError)
             raise RuntimeError(
-                f"{attempt} samples in a row cannot be decoded, the last is {error}; run `rev2net verify`"
+                f"{attempt} samples in a row cannot be {'read' if unread else 'decoded'}, the last is {error}; "
+                + ("look at the storage and run the same command again" if unread else "run `rev2net verify`")
             ) from error
         return attempt + 1
 
@@ -313,7 +315,7 @@ class EvalLoader:
             self._ahead.close(timeout=None)
         self.failed = []
         known: set[int] = set()
-        self._ahead = Ahead(self._lanes, self._load, self._tasks(), max(self._prefetch, len(self._lanes)))
+        self._ahead = Ahead(self._lanes, self._load, self._tasks(), self._prefetch + len(self._lanes))
         for loaded in self._ahead:
             for failure in loaded.failed:
                 if failure.sample not in known:

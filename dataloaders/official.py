@@ -166,8 +166,16 @@ def _kinetics_rows(file: Path) -> Iterable[tuple[tuple[str, int, int], _Row]]:
 
 
 def _videos(root: Path) -> Iterator[str]:
-    """Paths relative to `root` of all videos below it; one walk, whatever the layout."""
-    for folder, folders, names in os.walk(root, followlinks=True):
+    """Paths relative to `root` of all videos below it; one walk, whatever the layout.
+
+    Raises:
+        UserError: a folder cannot be listed: its videos would count as missing.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"folder {error.filename} cannot be listed ({error.strerror}); mend that and run again")
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         folders.sort()
         for name in sorted(names):
             if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith("."):

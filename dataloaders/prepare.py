@@ -54,6 +54,9 @@ PLAN = "plan.json"
 QUARANTINE = "quarantine.jsonl"
 MISSING = "missing.txt"
 
+_SYSTEM_ERRORS = 1000
+"""Numbers of the system's errors lie below it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadClip:
@@ -217,6 +220,10 @@ def read_quarantine(out: Path) -> tuple[BadClip, ...]:
 def _identity(listing: SourceListing, settings: PrepareSettings, workers: int, max_missing: float) -> Mapping[str, Any]:
     """What a data set is known by; refuses what cannot be prepared."""
     settings.check()
+    keys: dict[str, SourceClip] = {}
+    for clip in listing.clips:
+        if (other := keys.setdefault(clip.key, clip)) is not clip:
+            raise UserError(f"{other.relative} and {clip.relative} get the same key {clip.key}: rename one of them")
     if workers < 1:
         raise UserError(f"workers is {workers}; give 1 or more")
     _check_missing(listing, max_missing)
@@ -330,7 +337,13 @@ def _is_done(work: Path, key: str) -> bool:
 def _transcode_to_files(work: Path, settings: PrepareSettings, clip: SourceClip) -> BadClip | None:
     """Runs in the worker processes; leaves the sample's parts in the work folder."""
     try:
-        parts = transcode(clip, settings)
+        try:
+            parts = transcode(clip, settings)
+        except DecodeError as error:
+            if not clip.path.exists() or not _is_system_error(error.__cause__):
+                raise
+            _read_whole(clip.path)
+            parts = transcode(clip, settings)
     except DecodeError as error:
         if not clip.path.exists():  # a disk that is gone says nothing about its videos
             raise FileNotFoundError(
@@ -339,6 +352,20 @@ def _transcode_to_files(work: Path, settings: PrepareSettings, clip: SourceClip)
         return BadClip(file=clip.relative, split=clip.split, reason=error.reason)
     _write_sample(work, clip.key, parts)
     return None
+
+
+def _is_system_error(cause: BaseException | None) -> bool:
+    """Whether FFmpeg failed with the system's error (EIO, ESTALE, EMFILE, ...), not with one of its own, whose numbers
+    are large. Its readers of some formats say EIO of damaged videos too.
+    """
+    return isinstance(cause, OSError) and 0 < (cause.errno or 0) < _SYSTEM_ERRORS
+
+
+def _read_whole(path: Path) -> None:
+    """OSError where the disk does not give the file: that says nothing about its video."""
+    with path.open("rb") as file:
+        while file.read(2**24):
+            pass
 
 
 def _write_sample(work: Path, key: str, parts: Mapping[str, bytes]) -> None:

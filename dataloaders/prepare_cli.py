@@ -296,8 +296,8 @@ def _tell(report: PrepareReport, listing: SourceListing, args: argparse.Namespac
     if not report.finished:
         print(
             f"{len(bad)} of {len(listing.clips)} clips are bad, more than --max-bad {args.max_bad:g} allows; "
-            f"allow more (the good clips are kept in {args.out} and not done again), or mend the source and prepare it "
-            "into another folder",
+            f"allow more (the good clips are kept in {args.out} and not done again); a source that is mended after "
+            f"that goes into another folder with --reuse {args.out}, which takes over what did not change",
             file=sys.stderr,
         )
         return 1

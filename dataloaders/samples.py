@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Iterable
 from queue import SimpleQueue
 
@@ -23,6 +25,9 @@ from dataloaders.shards import (
 )
 
 log = logging.getLogger(__name__)
+
+READ_WAITS = (0.0, 0.1, 0.5, 2.0, 5.0, 10.0)
+"""Seconds between one try to read from a disk or mount and the next: a clip that is replaced changes the training."""
 
 _PAUSE = 10.0
 """Seconds without fetching ahead after an error."""
@@ -51,18 +56,13 @@ class Samples:
         self._extensions = tuple(extension for extension, want in wanted.items() if want)
 
     def read(self, lane: Lane, place: Location) -> tuple[SampleInfo, dict[str, bytes]]:
-        """The sample's description and videos; DecodeError for a damaged shard or sample."""
-        reader, index = self._find(lane, place)
-        key = _key(reader, index)
-        try:
-            parts = reader.read(index, self._extensions)
-        except ReadError as error:
-            # A file that a server has forgotten is stale for as long as it is open, and whole once it is opened anew.
-            try:
-                reader = lane.reopen(self._shards[place.shard])
-            except (OSError, UserError):
-                raise error from None
-            parts = reader.read(index, self._extensions)
+        """The sample's description and videos.
+
+        Raises:
+            DecodeError: a damaged shard or sample.
+            ReadError: what the disk does not give, tried again for `READ_WAITS`; OSError where that is the opening.
+        """
+        key, parts = self._parts(lane, place)
         for extension in self._extensions:
             if extension not in parts:
                 raise DecodeError(key, f"has no {extension} in its shard")
@@ -74,6 +74,23 @@ class Samples:
             if extension in parts and hashlib.sha256(parts[extension]).hexdigest() != told:
                 raise DecodeError(key, f"its {extension} has changed since it was written (sha256 differs)")
         return info, parts
+
+    def _parts(self, lane: Lane, place: Location) -> tuple[str, dict[str, bytes]]:
+        for pause in (*READ_WAITS, None):
+            try:
+                reader, index = self._find(lane, place)
+                return _key(reader, index), reader.read(index, self._extensions)
+            except (OSError, ReadError) as error:
+                if pause is None or (self.remote and not isinstance(error, ReadError)):  # fetching has its own patience
+                    raise
+                if pause:
+                    log.warning("%s; trying again in %g s", error, pause)
+                time.sleep(pause)
+                if isinstance(error, ReadError):
+                    # A file that a server has forgotten is stale for as long as it is open, and whole once opened anew.
+                    with contextlib.suppress(OSError, UserError):
+                        lane.reopen(self._shards[place.shard])
+        raise AssertionError("unreachable")
 
     def fetch(self, place: Location) -> None:
         """Have the sample's shard on this machine; see `ShardInfo.fetch`."""

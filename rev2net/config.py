@@ -76,7 +76,7 @@ class LoaderConfig(Section):
 
     backend: Literal["auto", "dali", "pyav"] = Field("auto", description="decoder; auto = dali where it can")
     workers: int = Field(2, gt=0, description="decoding threads of a rank")
-    prefetch: int = Field(4, gt=0, description="batches decoded ahead")
+    prefetch: int = Field(4, gt=0, description="batches that are decoded and wait, beside those being decoded")
     pipelines_per_gpu: int = Field(1, gt=0, description="DALI pipelines of a rank (one feeds one NVDEC unit)")
     cache: str | None = Field(
         None, description="folder on a disk of this machine for shards of a remote data set; null = in ~/.cache/rev2net"

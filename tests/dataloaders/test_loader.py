@@ -204,6 +204,7 @@ def test_p8_what_the_disk_does_not_give_is_replaced_in_training_and_ends_an_eval
         return read(descriptor, size, offset)
 
     monkeypatch.setattr(os, "pread", lost)
+    monkeypatch.setattr("dataloaders.samples.READ_WAITS", (0.0,))
     loader = train(dataset)
     assert sum(map(len, take(loader, 3))) == 12
     assert loader.failures and all("Input/output error" in reason for _, reason in loader.failures)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from clips import moving, write_video
@@ -160,6 +163,22 @@ def test_a_class_map_filters_any_listing_and_what_is_missing_of_it(tmp_path: Pat
         ("d.mp4", "punch", 0),
     ]
     assert [c.relative for c in listing.missing] == ["gone.mp4"]
+
+
+def test_p12_a_folder_that_cannot_be_listed_is_no_folder_of_missing_clips(
+    tmp_path: Path, shared_annotations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "PushUps/v_PushUps_g01_c01.avi", "YoYo/v_YoYo_g01_c01.avi")
+    real = os.scandir
+
+    def scandir(path: str) -> Any:
+        if str(path).endswith("YoYo"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"folder .*/YoYo cannot be listed \(Permission denied\)"):
+        read_ucf101(tmp_path, shared_annotations / "ucf101", split=1)
 
 
 def test_p12_more_missing_clips_than_allowed_are_refused_before_anything_is_made(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import random
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -259,6 +261,39 @@ def test_p8_more_bad_files_than_allowed_fail_and_keep_what_is_good(
     assert command(*words, "--max-bad", 0.5) == 0
     assert "6 clips are done already" in capsys.readouterr().err
     assert DataSet.open(out).num_samples("train") == 6 and verify(out) == []
+
+
+def test_p8_an_error_of_the_disk_says_nothing_of_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = read_folder(make_source(tmp_path / "in"), val_fraction=0)
+    first, real = listing.clips[0].path, av.open
+    fails = [1]
+
+    def flaky(file: Any, *args: Any, **words: Any) -> Any:
+        if str(file).endswith(first.name) and fails[0]:
+            fails[0] -= 1
+            raise OSError(errno.EIO, "Input/output error", str(first))
+        return real(file, *args, **words)
+
+    monkeypatch.setattr(av, "open", flaky)
+    assert prepare(listing, tmp_path / "passing", NO_FLOW, workers=1).quarantined == ()
+    assert fails == [0]
+
+    fails[0] = 9  # where the file can be read all the same, its reader means the video: some say EIO of damaged ones
+    (bad,) = prepare(listing, tmp_path / "damaged", NO_FLOW, workers=1, max_bad=0.5).quarantined
+    assert bad.file == listing.clips[0].relative and "Input/output error" in bad.reason
+
+    fails[0] = 9
+    monkeypatch.setattr("dataloaders.prepare._read_whole", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "?")))
+    with pytest.raises(OSError, match=r"\?"):
+        prepare(listing, tmp_path / "gone", NO_FLOW, workers=1)
+
+
+def test_p12_clips_of_one_key_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = read_folder(make_source(tmp_path / "in"), val_fraction=0)
+    monkeypatch.setattr(SourceClip, "key", "a-0123456789")
+    with pytest.raises(UserError, match="get the same key a-0123456789: rename one of them"):
+        prepare(listing, tmp_path / "out", NO_FLOW)
+    assert not (tmp_path / "out").exists()
 
 
 def test_p12_when_every_file_is_bad_nothing_is_left(tmp_path: Path) -> None:

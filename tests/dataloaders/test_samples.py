@@ -54,9 +54,35 @@ def test_p8_a_file_that_its_server_has_forgotten_is_opened_anew(
         return read(descriptor, size, offset)
 
     monkeypatch.setattr(os, "pread", stale)
+    monkeypatch.setattr("dataloaders.samples.READ_WAITS", (0.0,))
     with monkeypatch.context() as gone:
         gone.setattr(Path, "is_file", lambda _: False)
         with pytest.raises(ReadError, match="Stale file handle"):
             samples.read(lane, place)
     assert samples.read(lane, place)[0].label == 0 and lane.reader(shard) is not before
     lane.close()
+
+
+@pytest.mark.parametrize("call", ["pread", "open"])
+def test_p8_a_storage_that_is_away_for_a_moment_changes_nothing(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_dataset(tmp_path, shard_sizes=(2,), flow_size=None)
+    samples, lane = Samples(data, "train", with_flow=False), Lane(PyAVBackend(workers=1))
+    place, real, away = Location(sample=0, shard=0, index_in_shard=0, epoch=0), getattr(os, call), [True] * 3
+
+    def fails(*args: object) -> object:
+        if away:
+            away.pop()
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*args)
+
+    monkeypatch.setattr("dataloaders.samples.READ_WAITS", (0.0, 0.01, 0.01))
+    monkeypatch.setattr(os, call, fails)
+    assert samples.read(lane, place)[0].label == 0 and not away
+    away = [True] * 4
+    lane.close()
+    fresh = Lane(PyAVBackend(workers=1))
+    with pytest.raises((ReadError, OSError), match="Input/output error"):
+        samples.read(fresh, place)
+    fresh.close()
