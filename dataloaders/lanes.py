@@ -107,7 +107,7 @@ def _max_open_shards() -> int:
 
 
 class Ahead(Generic[Task, Result]):
-    """Iterator over `work(lane, task)` for all tasks in order, with up to `ahead` of them under way.
+    """Iterator over `work(lane, task)` for all tasks in order; up to `ready` results wait, beside a task in each lane.
 
     Task i runs on lane i mod len(lanes). An exception in a lane is raised where its result would come, a task that
     does not end is named in the log. The threads belong to concurrent.futures, so that the interpreter ends with the
@@ -115,12 +115,12 @@ class Ahead(Generic[Task, Result]):
     """
 
     def __init__(
-        self, lanes: Sequence[Lane], work: Callable[[Lane, Task], Result], tasks: Iterable[Task], ahead: int
+        self, lanes: Sequence[Lane], work: Callable[[Lane, Task], Result], tasks: Iterable[Task], ready: int
     ) -> None:
         self._lanes = lanes
         self._work = work
         self._tasks = iter(tasks)
-        self._ahead = max(1, ahead)
+        self._ahead = ready + len(lanes)
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"lane-{i}") for i in range(len(lanes))]
         self._under_way: deque[tuple[int, Task, Future[Result]]] = deque()
         self._idents: dict[int, int] = {}

@@ -119,7 +119,7 @@ class TrainLoader:
             with_rgb=with_rgb,
         )
         self._fetch = FetchAhead(self._source, self._order)
-        self._ahead = Ahead(self._lanes, self._load, self._tasks(start_step), prefetch + len(self._lanes))
+        self._ahead = Ahead(self._lanes, self._load, self._tasks(start_step), prefetch)
         self.failures: list[tuple[str, str]] = []
         self.num_samples = self._order.num_samples
 
@@ -315,7 +315,7 @@ class EvalLoader:
             self._ahead.close(timeout=None)
         self.failed = []
         known: set[int] = set()
-        self._ahead = Ahead(self._lanes, self._load, self._tasks(), self._prefetch + len(self._lanes))
+        self._ahead = Ahead(self._lanes, self._load, self._tasks(), self._prefetch)
         for loaded in self._ahead:
             for failure in loaded.failed:
                 if failure.sample not in known:

@@ -220,10 +220,7 @@ def read_quarantine(out: Path) -> tuple[BadClip, ...]:
 def _identity(listing: SourceListing, settings: PrepareSettings, workers: int, max_missing: float) -> Mapping[str, Any]:
     """What a data set is known by; refuses what cannot be prepared."""
     settings.check()
-    keys: dict[str, SourceClip] = {}
-    for clip in listing.clips:
-        if (other := keys.setdefault(clip.key, clip)) is not clip:
-            raise UserError(f"{other.relative} and {clip.relative} get the same key {clip.key}: rename one of them")
+    _check_keys(listing)
     if workers < 1:
         raise UserError(f"workers is {workers}; give 1 or more")
     _check_missing(listing, max_missing)
@@ -279,6 +276,13 @@ def _finished_report(out: Path) -> PrepareReport:
 
 def _allowed(max_bad: float, clips: int) -> int:
     return max(1, int(max_bad * clips)) if max_bad > 0 else 0
+
+
+def _check_keys(listing: SourceListing) -> None:
+    keys: dict[str, SourceClip] = {}
+    for clip in listing.clips:
+        if (other := keys.setdefault(clip.key, clip)) is not clip:
+            raise UserError(f"{other.relative} and {clip.relative} get the same key {clip.key}: rename one of them")
 
 
 def _check_missing(listing: SourceListing, max_missing: float) -> None:
@@ -337,21 +341,31 @@ def _is_done(work: Path, key: str) -> bool:
 def _transcode_to_files(work: Path, settings: PrepareSettings, clip: SourceClip) -> BadClip | None:
     """Runs in the worker processes; leaves the sample's parts in the work folder."""
     try:
-        try:
-            parts = transcode(clip, settings)
-        except DecodeError as error:
-            if not clip.path.exists() or not _is_system_error(error.__cause__):
-                raise
-            _read_whole(clip.path)
-            parts = transcode(clip, settings)
+        parts = _transcode(clip, settings)
     except DecodeError as error:
-        if not clip.path.exists():  # a disk that is gone says nothing about its videos
-            raise FileNotFoundError(
-                errno.ENOENT, "was there when the clips were listed, and is not now", str(clip.path)
-            ) from error
         return BadClip(file=clip.relative, split=clip.split, reason=error.reason)
     _write_sample(work, clip.key, parts)
     return None
+
+
+def _transcode(clip: SourceClip, settings: PrepareSettings, *, again: bool = True) -> Mapping[str, bytes]:
+    """`transcode`, and `again` where the disk may be to blame, which says nothing about its videos.
+
+    Raises:
+        DecodeError: the video is bad.
+        OSError: the disk does not give it.
+    """
+    try:
+        return transcode(clip, settings)
+    except DecodeError as error:
+        if not clip.path.exists():
+            raise FileNotFoundError(
+                errno.ENOENT, "was there when the clips were listed, and is not now", str(clip.path)
+            ) from error
+        if not again or not _is_system_error(error.__cause__):
+            raise
+    _read_whole(clip.path)
+    return _transcode(clip, settings, again=False)
 
 
 def _is_system_error(cause: BaseException | None) -> bool:
@@ -362,7 +376,7 @@ def _is_system_error(cause: BaseException | None) -> bool:
 
 
 def _read_whole(path: Path) -> None:
-    """OSError where the disk does not give the file: that says nothing about its video."""
+    """OSError where the disk does not give the file."""
     with path.open("rb") as file:
         while file.read(2**24):
             pass

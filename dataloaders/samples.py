@@ -76,12 +76,11 @@ class Samples:
         return info, parts
 
     def _parts(self, lane: Lane, place: Location) -> tuple[str, dict[str, bytes]]:
-        for pause in (*READ_WAITS, None):
+        for pause in READ_WAITS:
             try:
-                reader, index = self._find(lane, place)
-                return _key(reader, index), reader.read(index, self._extensions)
+                return self._parts_at_once(lane, place)
             except (OSError, ReadError) as error:
-                if pause is None or (self.remote and not isinstance(error, ReadError)):  # fetching has its own patience
+                if self.remote and isinstance(error, OSError):  # fetching has its own patience
                     raise
                 if pause:
                     log.warning("%s; trying again in %g s", error, pause)
@@ -90,7 +89,11 @@ class Samples:
                     # A file that a server has forgotten is stale for as long as it is open, and whole once opened anew.
                     with contextlib.suppress(OSError, UserError):
                         lane.reopen(self._shards[place.shard])
-        raise AssertionError("unreachable")
+        return self._parts_at_once(lane, place)
+
+    def _parts_at_once(self, lane: Lane, place: Location) -> tuple[str, dict[str, bytes]]:
+        reader, index = self._find(lane, place)
+        return _key(reader, index), reader.read(index, self._extensions)
 
     def fetch(self, place: Location) -> None:
         """Have the sample's shard on this machine; see `ShardInfo.fetch`."""

@@ -455,7 +455,7 @@ def test_h264_works_with_auto(tmp_path: Path) -> None:
 def test_p7_a_batch_that_does_not_come_holds_up_no_end() -> None:
     """A job that was told to stop has no time for a storage that hangs."""
     arrives = threading.Event()
-    batches = lanes.Ahead([Mock(), Mock()], lambda _, task: task and arrives.wait(60), iter(range(9)), 4)
+    batches = lanes.Ahead([Mock(), Mock()], lambda _, task: task and arrives.wait(60), iter(range(9)), 2)
     next(batches)
     assert not batches.close(timeout=0.2)
     arrives.set()
