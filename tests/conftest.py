@@ -20,20 +20,16 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_configure() -> None:
-    """One thread (several files run at a time on few cores), and nothing of the user's own server or launcher."""
+    """One thread (two files of tests run at a time on few cores), and nothing of the user's own server or launcher."""
     torch.set_num_threads(1)
     for name in ("MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
 
 
-LONGEST = ("kills", "predict", "training", "slurm", "report", "sweep", "jobs", "tracking")
-"""Files that take more than two minutes, those of many processes beside those of one."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: a process is given the next file when it is done with one (make test)."""
-    order = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    """The longest trainings first, and tests of one process beside them: two files run at a time (make test)."""
+    order = {"chaos": 0, "dataloaders": 1}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
 
 
 def _shared(name: str) -> Path:
