@@ -14,7 +14,7 @@ from submitit.helpers import DelayedSubmission
 
 from cluster.jobs import Job, new_folder, now, possible_folders, record
 from cluster.site import Site
-from cluster.submit import Placement, sbatch_script, slurm_executor, slurm_refusals, submit_local, wait_local
+from cluster.submit import Placement, sbatch_script, slurm_executor, submission, submit_local, wait_local
 from cluster.task import settle_requeue
 from dataloaders.errors import UserError, describe_failure
 from dataloaders.prepare_cli import add_prepare_arguments, run_prepare
@@ -83,7 +83,7 @@ class Preparation:
         Raises:
             UserError: `sbatch` refuses a job.
         """
-        with new_folder(self.parent, _NAME) as folder, slurm_refusals():
+        with new_folder(self.parent, _NAME) as folder, submission():
             array, last = (
                 slurm_executor(placement=self._placement, site=self.site, folder=folder, name=_NAME) for _ in range(2)
             )

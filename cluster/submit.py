@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError, environment_variables
+from submitit.helpers import clean_env
 from submitit.local.local import LocalExecutor
 from submitit.slurm.slurm import SlurmExecutor
 
@@ -85,19 +86,36 @@ def submit_slurm(task: Callable[[], object], *, placement: Placement, site: Site
         UserError: `sbatch` refuses the job, or the partition has fewer nodes.
     """
     _check_nodes(placement, site)
-    with slurm_refusals():
+    with submission():
         return slurm_executor(placement=placement, site=site, folder=folder, name=name).submit(task)
 
 
 @contextlib.contextmanager
-def slurm_refusals() -> Iterator[None]:
-    """Turn what submitit raises inside into a UserError of one sentence."""
+def submission() -> Iterator[None]:
+    """Submit to Slurm inside: without the variables of a job that we are in, and what submitit raises as a UserError.
+
+    Raises:
+        UserError: `sbatch` refuses the job.
+    """
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises.
+        with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises.
             yield
     except (FailedJobError, FailedSubmissionError) as error:
         lines = [line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines()]
         raise UserError(f"sbatch refused the job: {'; '.join(filter(None, lines))}{_partitions()}") from None
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Hide what a new job must not inherit from the job, or the training, that submits it.
+
+    Of a job in a shell of `srun --pty`, say, srun would bind the new tasks to the cores of the old ones, and all ranks
+    would meet at a port that is taken. What users set for their own submissions stays.
+    """
+    own = ("SLURM_CONF", "SLURM_CLUSTERS")
+    kept = {name: value for name, value in os.environ.items() if name in own or name.startswith("SBATCH_")}
+    with clean_env(), environment_variables(**kept):
+        yield
 
 
 def _check_nodes(placement: Placement, site: Site) -> None:
@@ -183,7 +201,7 @@ def submit_local(
     older = site.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
     if older:
         environment["PYTHONPATH"] += f":{older}"
-    with environment_variables(**environment):
+    with _outside_of_jobs(), environment_variables(**environment):
         return executor.submit(task)
 
 

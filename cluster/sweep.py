@@ -15,7 +15,7 @@ from cluster.submit import (
     local_gpus,
     sbatch_script,
     slurm_executor,
-    slurm_refusals,
+    submission,
     submit_local,
     wait_local,
 )
@@ -82,7 +82,7 @@ class SweepArray:
         Raises:
             UserError: `sbatch` refuses it.
         """
-        with new_folder(self.parent, self.name, self.work.config.yaml()) as folder, slurm_refusals():
+        with new_folder(self.parent, self.name, self.work.config.yaml()) as folder, submission():
             executor = slurm_executor(placement=self.placement, site=self.site, folder=folder, name=self.name)
             jobs = executor.submit_array([Task(work=self.work) for _ in range(self.tasks)])
             job = self._record("slurm", jobs, folder)

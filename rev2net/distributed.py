@@ -90,10 +90,16 @@ def read_ranks() -> Ranks:
     machine's GPUs alone.
 
     Raises:
-        UserError: there are more ranks on this machine than GPUs.
+        UserError: there are more ranks on this machine than GPUs, or ranks that are not told where to meet.
     """
     env = os.environ
     world_size = int(env.get("WORLD_SIZE", "1"))
+    untold = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if world_size > 1 and untold:
+        raise UserError(
+            f"WORLD_SIZE={world_size} is set, but {' and '.join(untold)} is not: start the ranks with deepspeed, "
+            "torchrun or rev2net-cluster submit, or unset WORLD_SIZE to use one process"
+        )
     local_rank = int(env.get("LOCAL_RANK", "0"))
     gpus = 0 if env.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
     if 0 < gpus <= local_rank:
@@ -137,10 +143,10 @@ def join(ranks: Ranks, threads: int | None) -> None:
         torch.backends.cudnn.benchmark = True
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    for name, value in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world_size), ("LOCAL_RANK", ranks.local_rank)):
-        os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    place |= {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
+    alone = "WORLD_SIZE" not in os.environ  # by no launcher: where a shell says to meet is somebody else's
+    os.environ.update({name: str(value) for name, value in place.items() if alone or name not in os.environ})
     keep_builds_apart()
     import deepspeed  # after DS_ACCELERATOR is set: it chooses its accelerator when imported
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,7 +170,8 @@ def test_the_configuration_travels_with_the_job(config: Path) -> None:
     assert pickle.loads(data) == task  # noqa: S301 - written three lines above
 
 
-def test_local_tasks_all_reduce_over_gloo(tmp_path: Path) -> None:
+def test_local_tasks_all_reduce_over_gloo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that submits has trained before: its own ranks' place is taken."""
     def work(stop_requested: Any) -> bool:
         import os
 
@@ -183,9 +185,13 @@ def test_local_tasks_all_reduce_over_gloo(tmp_path: Path) -> None:
         distributed.destroy_process_group()
         return True
 
-    job = start(work, tmp_path, Site(time_minutes=5, env={"LETTER": "x"}))
-    assert wait_local(job) is None
-    assert "LETTER" not in os.environ
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for name, value in {"MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1"}.items():
+            monkeypatch.setenv(name, value)
+        job = start(work, tmp_path, Site(time_minutes=5, env={"LETTER": "x"}))
+        assert wait_local(job) is None
+    assert "LETTER" not in os.environ and os.environ["MASTER_PORT"] == port
     for rank in range(2):
         assert "sum 3.0 of 2 x" in job.task(rank).stdout()
 

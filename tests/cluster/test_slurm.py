@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,8 +60,11 @@ def test_the_doctor_looks_at_every_node_and_reduces_over_them(
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "shard.tar").write_bytes(bytes(1 << 20))
     words = ["doctor", "--nodes", "2", "--tasks-per-node", "1", "--site", str(site), "--folder", str(tmp_path / "jobs")]
-    assert main([*words, "--storage", str(tmp_path / "data")]) == 0
-    said = capsys.readouterr().out
+    words = [sys.executable, "-m", "cluster.cli", *words, "--storage", str(tmp_path / "data")]
+    # From a shell that is a job of Slurm's itself, with its binding, and with the place of another training's ranks.
+    shell = ["srun", "--partition", "low", "--ntasks-per-node", "1", "--cpu-bind", "cores"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        said = run(*shell, "env", f"MASTER_PORT={taken.getsockname()[1]}", *words).stdout
     assert re.search(r"^ok +torch +\S+ \(all 2 nodes\)$", said, re.MULTILINE)
     assert re.search(r"^ok +all-reduce, 2 x gloo +bus bandwidth 1 MiB ", said, re.MULTILINE)
     assert re.search(r"^ok +storage +read 1 MB .*\((?:n1|all 2 nodes)\)$", said, re.MULTILINE)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
 import sys
 
 import pytest
 import torch
-from tiny import run_until_first_ends
+from tiny import ROOT, environment, run_until_first_ends
 
 from dataloaders.errors import UserError
 from rev2net.distributed import read_ranks
@@ -39,6 +41,19 @@ def test_a_rank_has_a_gpu_of_its_own_unless_it_is_to_leave_them_alone(monkeypatc
         read_ranks()
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert read_ranks().device == torch.device("cpu")
+
+
+def test_a_process_alone_meets_nobody_where_its_shell_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": str(taken.getsockname()[1])}  # an address of no machine
+        code = "from rev2net.distributed import *; join(read_ranks(), 1); print('joined')"
+        env = environment() | place | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run((sys.executable, "-c", code), env=env, capture_output=True, text=True, timeout=120)
+    assert "joined" in done.stdout, done.stderr
+    for name, value in {**place, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"^WORLD_SIZE=2 is set, but RANK is not: start the ranks with deepspeed"):
+        read_ranks()
 
 
 def test_after_the_first_step_a_collective_without_partners_ends() -> None:
