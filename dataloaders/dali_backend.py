@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from threading import Lock
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,9 @@ from dataloaders.batch import ClipRequest, RawClips
 from dataloaders.errors import DecodeError, UserError
 from dataloaders.plan import flow_crop
 from dataloaders.trim import trim
+
+Feeds: TypeAlias = dict[str, list[npt.NDArray[Any]]]
+"""Inputs of the graph by name, one array per clip."""
 
 _NO_MEMORY = re.compile(r"out.of.memory|bad_alloc", re.IGNORECASE)
 """What DALI and PyTorch say where a GPU, or the machine, has none left."""
@@ -116,7 +120,7 @@ def _cut(video: Any, name: str, flip: Any, words: DeviceWords, size: tuple[int, 
 
 
 class DALIBackend:
-    """One DALI pipeline; to be called from one thread at a time.
+    """One DALI pipeline; threads that call it take turns, after they have prepared what it is fed.
 
     Args:
         batch: most clips in one call.
@@ -142,6 +146,7 @@ class DALIBackend:
         on_gpu = device.type == "cuda"
         self._words = ON_GPU if on_gpu else ON_CPU
         self._device_id = (device.index or 0) if on_gpu else None
+        self._turn = Lock()
         self._pipeline = self._fresh()
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
 
@@ -160,22 +165,25 @@ class DALIBackend:
 
     def decode(self, requests: Sequence[ClipRequest]) -> RawClips:
         """See dataloaders.batch.Backend; a failing batch is decoded again clip by clip to find the culprit."""
-        try:
-            return self._run(requests)
-        except DecodeError:
-            raise
-        except RuntimeError as error:
-            # After an error DALI calls the pipeline "no longer valid".
-            self._pipeline = self._fresh()
-            culprit = self._find_culprit(requests)
-            if culprit is None:
-                raise RuntimeError(f"DALI decodes these clips one by one but not together: {error}") from error
-            raise culprit from error
+        feeds = self._feeds(requests)
+        with self._turn:
+            try:
+                return self._run(feeds)
+            except RuntimeError as error:
+                # After an error DALI calls the pipeline "no longer valid".
+                self._pipeline = self._fresh()
+                culprit = self._find_culprit(requests)
+                if culprit is None:
+                    raise RuntimeError(f"DALI decodes these clips one by one but not together: {error}") from error
+                raise culprit from error
+
+    def _feeds(self, requests: Sequence[ClipRequest]) -> Feeds:
+        return _feeds(requests, with_flow=self._with_flow, with_rgb=self._with_rgb)
 
     def _find_culprit(self, requests: Sequence[ClipRequest]) -> DecodeError | None:
         for request in requests:
             try:
-                self._run([request])
+                self._run(self._feeds([request]))
             except RuntimeError as error:
                 if _NO_MEMORY.search(str(error)):
                     raise  # which says nothing of the clip
@@ -183,8 +191,8 @@ class DALIBackend:
                 return DecodeError(request.key, _reason(error))
         return None
 
-    def _run(self, requests: Sequence[ClipRequest]) -> RawClips:
-        outputs = self._pipeline.run(**_feeds(requests, with_flow=self._with_flow, with_rgb=self._with_rgb))
+    def _run(self, feeds: Feeds) -> RawClips:
+        outputs = self._pipeline.run(**feeds)
         with self._on_its_stream():
             tensors = [self._tensor(output) for output in outputs]
             return RawClips(
@@ -242,16 +250,13 @@ class DecoderOnly:
         return len(requests)
 
 
-def _feeds(
-    requests: Sequence[ClipRequest], *, with_flow: bool, with_rgb: bool = True
-) -> dict[str, list[npt.NDArray[Any]]]:
-    """The graph's inputs by name, one array per clip."""
+def _feeds(requests: Sequence[ClipRequest], *, with_flow: bool, with_rgb: bool = True) -> Feeds:
     names = ["flip"]
     if with_rgb:
         names += ["rgb", "rgb_frames", "crop_start", "crop_shape"]
     if with_flow:
         names += ["flow", "flow_frames", "u_start", "u_shape", "v_start", "v_shape"]
-    feeds: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
+    feeds: Feeds = {name: [] for name in names}
     for request in requests:
         plan, info = request.plan, request.info
         feeds["flip"].append(np.array(plan.flip, np.int32))
@@ -273,9 +278,7 @@ def _feeds(
     return feeds
 
 
-def _feed_video(
-    feeds: dict[str, list[npt.NDArray[Any]]], name: str, data: bytes, frames: Sequence[int], request: ClipRequest
-) -> None:
+def _feed_video(feeds: Feeds, name: str, data: bytes, frames: Sequence[int], request: ClipRequest) -> None:
     part, indices = trim(data, frames, request.info.fps, request.key)
     feeds[name].append(np.frombuffer(part, np.uint8))
     feeds[f"{name}_frames"].append(_ints(indices))

@@ -42,7 +42,7 @@ _MAX_OPEN_ENTRIES = 100_000
 
 
 class Lane:
-    """A backend and its open shards; used by one thread at a time."""
+    """A backend, which other lanes may have too, and open shards of its own; used by one thread at a time."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -216,7 +216,7 @@ def make_lanes(
     with_flow: bool,
     with_rgb: bool = True,
 ) -> list[Lane]:
-    """The lanes of a loader: several over one pool of threads with PyAV, one per pipeline with DALI."""
+    """The lanes of a loader: several over one pool of threads with PyAV, two per pipeline with DALI."""
     chosen = choose_backend(backend, dataset.codec, device)
     if chosen == "pyav":
         from dataloaders.pyav_backend import PyAVBackend
@@ -225,19 +225,19 @@ def make_lanes(
         return [Lane(shared) for _ in range(max(1, min(prefetch, workers)))]
     from dataloaders.dali_backend import DALIBackend
 
-    return [
-        Lane(
-            DALIBackend(
-                device=device,
-                batch=batch,
-                threads=max(1, workers // pipelines),
-                size=(shape.height, shape.width),
-                with_flow=with_flow,
-                with_rgb=with_rgb,
-            )
+    backends = [
+        DALIBackend(
+            device=device,
+            batch=batch,
+            threads=max(1, workers // pipelines),
+            size=(shape.height, shape.width),
+            with_flow=with_flow,
+            with_rgb=with_rgb,
         )
         for _ in range(pipelines)
     ]
+    # While one lane of a pipeline decodes, the other reads the next batch: else a decoder would wait for the storage.
+    return [Lane(backend) for _ in range(2) for backend in backends]
 
 
 def choose_backend(name: BackendName, codec: str, device: torch.device) -> Literal["dali", "pyav"]:

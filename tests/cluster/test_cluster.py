@@ -172,6 +172,7 @@ def test_the_configuration_travels_with_the_job(config: Path) -> None:
 
 def test_local_tasks_all_reduce_over_gloo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that submits has trained before: its own ranks' place is taken."""
+
     def work(stop_requested: Any) -> bool:
         import os
 

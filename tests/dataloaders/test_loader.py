@@ -24,11 +24,13 @@ from dataloaders import lanes
 from dataloaders.bad_clips import BadClips
 from dataloaders.batch import ClipBatch, to_batch
 from dataloaders.bench import add_bench_arguments, bench_loader, run_bench
+from dataloaders.dali_backend import DALIBackend
 from dataloaders.errors import ReadError, UserError
 from dataloaders.lanes import Lane, choose_backend
 from dataloaders.loader import EvalLoader, TrainLoader
 from dataloaders.plan import IDENTITY_COLOUR, Augment, ClipShape, Views
 from dataloaders.pyav_backend import PyAVBackend
+from dataloaders.samples import Samples
 from dataloaders.shards import DataSet, index_path
 
 SHAPE = ClipShape(frames=8, height=32, width=32)
@@ -117,6 +119,28 @@ def test_p1_dali_batches_do_not_depend_on_threads_or_pipelines(dataset: DataSet,
     expected = join(take(train(dataset, **settings), 3))
     got = take(train(dataset, micro_batch=1, workers=3, pipelines_per_gpu=pipelines, **settings), 12)
     assert_same(join(got), expected)
+
+
+def test_the_next_batch_is_read_while_the_only_pipeline_decodes(
+    dataset: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first batch is decoded once all samples of the second one are read."""
+    reads, both = itertools.count(1), threading.Event()
+    read, decode = Samples.read, DALIBackend._run
+
+    def counted(*args: Any) -> Any:
+        got = read(*args)
+        if next(reads) == 8:
+            both.set()
+        return got
+
+    def late(*args: Any) -> Any:
+        assert both.wait(60)
+        return decode(*args)
+
+    monkeypatch.setattr(Samples, "read", counted)
+    monkeypatch.setattr(DALIBackend, "_run", late)
+    assert len(take(train(dataset, backend="dali", prefetch=1), 2)) == 2
 
 
 @pytest.mark.parametrize(("batch", "world"), [(5, 1), (10, 2), (4, 2), (12, 4), (6, 3)])
