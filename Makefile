@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet -e '.[dev]' > $(VENV)/install.log 2>&1 || { tail -n 20 $(VENV)/install.log; exit 1; }
-	@echo "==> compiling TV-L1 and DeepSpeed's operations for this machine"
+	@echo "==> compiling TV-L1 for this machine"
 	@$(BIN)/python scripts/compile.py > $(VENV)/compile.log 2>&1 || tail -n 3 $(VENV)/compile.log
 	@touch $@
 

@@ -106,14 +106,9 @@ def _package(name: str, module: str) -> Row:
 
 
 def _compiler() -> Row:
-    found = {tool: shutil.which(tool) for tool in ("c++", "ninja")}
-    # Console scripts of a virtual environment are not on the PATH when its python is called by path.
-    found["ninja"] = found["ninja"] or shutil.which("ninja", path=str(Path(sys.executable).parent))
-    missing = [tool for tool, path in found.items() if path is None]
-    if missing:
-        text = f"no {', no '.join(missing)}: DeepSpeed cannot build its extensions"
-        return Row(name="compiler", state="warn", text=text)
-    return Row(name="compiler", state="ok", text="c++ and ninja, for DeepSpeed's extensions")
+    if shutil.which("c++") is None:
+        return Row(name="compiler", state="warn", text="no c++: model.compile=true needs one")
+    return Row(name="compiler", state="ok", text="c++, for model.compile=true")
 
 
 def _slurm() -> Row:
@@ -139,9 +134,9 @@ def _gpus() -> Row:
 
 
 def _precision() -> Row:
-    from rev2net.distributed import computes_in_bf16, read_ranks
+    from rev2net.distributed import computes_in_bf16, own_device
 
-    if computes_in_bf16(read_ranks().device):
+    if computes_in_bf16(own_device()):
         return Row(name="precision", state="ok", text="bf16")
     return Row(name="precision", state="ok", text="fp32; bf16 is emulated here, which can take 20 times as long")
 

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-00000150/` with `weights.safetensors` (parameters, and batch-normalisation
 statistics averaged over the ranks), `optimizer.safetensors` (whole states as `parameter/state`),
-`buffers.safetensors` (each rank's own statistics as `rank/buffer`) and `state.json`, which holds size and hash of
+`buffers.safetensors` (the ranks' own statistics, [ranks, ...] each) and `state.json`, which holds size and hash of
 the others. It is written aside and renamed into place; the file `latest` moves last. The evaluation of its weights
 comes later, as `evaluation.json`, and the file `best` names the checkpoint with the best one. No random state is
 needed: see `Engine.forward_backward`.

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import socket
-import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,16 +81,25 @@ class Ranks:
             dist.barrier()
 
 
+_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""What srun and mpirun tell each of the processes that they start: how many they are."""
+
+
 def read_ranks() -> Ranks:
     """Rank and device from the environment that a launcher made; a process alone is rank 0 of 1.
 
-    Nothing is started: a user's mistake can still be told by rank 0 before any collective. DS_ACCELERATOR=cpu leaves a
-    machine's GPUs alone.
+    Nothing is started: a user's mistake can still be told by rank 0 before any collective.
 
     Raises:
-        UserError: there are more ranks on this machine than GPUs, or ranks that are not told where to meet.
+        UserError: as `own_device`; ranks that are not told where to meet, or tasks that are not told of each other.
     """
     env = os.environ
+    tasks = max(int(env.get(name, 1)) for name in _TASKS)
+    if tasks > 1 and "WORLD_SIZE" not in env:
+        raise UserError(
+            f"{tasks} tasks were started that know nothing of each other: start the ranks with rev2net-cluster submit, "
+            "deepspeed or torchrun (or set WORLD_SIZE=1, where each is to be a run by itself, with an output= of its own)"
+        )
     world_size = int(env.get("WORLD_SIZE", "1"))
     untold = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
     if world_size > 1 and untold:
@@ -100,20 +107,24 @@ def read_ranks() -> Ranks:
             f"WORLD_SIZE={world_size} is set, but {' and '.join(untold)} is not: start the ranks with deepspeed, "
             "torchrun or rev2net-cluster submit, or unset WORLD_SIZE to use one process"
         )
-    local_rank = int(env.get("LOCAL_RANK", "0"))
-    gpus = 0 if env.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    device, local_rank = own_device(), int(env.get("LOCAL_RANK", "0"))
+    return Ranks(rank=int(env.get("RANK", "0")), world_size=world_size, local_rank=local_rank, device=device)
+
+
+def own_device() -> torch.device:
+    """The GPU of this process's LOCAL_RANK, or the CPU; DS_ACCELERATOR=cpu leaves a machine's GPUs alone.
+
+    Raises:
+        UserError: there are more ranks on this machine than GPUs.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
     if 0 < gpus <= local_rank:
         raise UserError(
             f"rank {local_rank} of this machine needs a GPU of its own, and it sees {gpus}: start at most {gpus} here, "
             "or set DS_ACCELERATOR=cpu"
         )
-    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
-    return Ranks(
-        rank=int(env.get("RANK", "0")),
-        world_size=world_size,
-        local_rank=local_rank,
-        device=device,
-    )
+    return torch.device("cuda", local_rank) if gpus else torch.device("cpu")
 
 
 def computes_in_bf16(device: torch.device) -> bool:
@@ -123,12 +134,6 @@ def computes_in_bf16(device: torch.device) -> bool:
     if platform.machine() in ("x86_64", "AMD64"):
         return bool(torch.cpu._is_avx512_bf16_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def keep_builds_apart() -> None:
-    """Let DeepSpeed keep what it compiles in this environment: two that share a folder compile anew in turns."""
-    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
 def join(ranks: Ranks, threads: int | None) -> None:
@@ -147,9 +152,11 @@ def join(ranks: Ranks, threads: int | None) -> None:
     place |= {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
     alone = "WORLD_SIZE" not in os.environ  # by no launcher: where a shell says to meet is somebody else's
     os.environ.update({name: str(value) for name, value in place.items() if alone or name not in os.environ})
-    keep_builds_apart()
     import deepspeed  # after DS_ACCELERATOR is set: it chooses its accelerator when imported
 
+    if ranks.device.type == "cpu":
+        # Else it compiles an all-reduce for inference, which keeps 69 MB of /dev/shm a rank for ever.
+        deepspeed.ops.__compatible_ops__ = {}
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=FIRST_STEP_TIMEOUT, verbose=False)
     torch.set_num_threads(threads or fair_threads(ranks.rank, ranks.gather((socket.gethostname(), cores()))))

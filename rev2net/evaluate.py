@@ -202,7 +202,7 @@ def split_scores(
     for failure in loader.failed:
         scores.fail(failure.sample, failure.label, f"{failure.key}: {failure.reason}")
     whole = merge(ranks.gather(scores))
-    for sample, (_, reason) in sorted(whole.failed.items()):
+    for sample, (_, reason) in sorted(whole.failed.items()) if ranks.first else ():
         log.warning("video %d of %s counts as wrong: %s", sample, data.location, reason)
     return whole
 

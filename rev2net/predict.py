@@ -21,7 +21,7 @@ from dataloaders.errors import DecodeError, UserError, first_line
 from dataloaders.plan import Views
 from dataloaders.transcode import PrepareSettings
 from dataloaders.windows import Window, open_video, windows
-from rev2net.distributed import read_ranks
+from rev2net.distributed import own_device
 from rev2net.export import Description, Scorer, is_exported, read_exported
 
 _HELP = """The classes that videos show, by a checkpoint's test-time network or an exported one.
@@ -121,7 +121,7 @@ class Predictor:
             from rev2net import checkpoint
             from rev2net.evaluate import for_testing
 
-            device = read_ranks().device
+            device = own_device()
             network, config, state = checkpoint.load_encoder(checkpoint.find(path))
             scorer, description = for_testing(network, device), Description.of(config, state)
         chosen = views or description.views

@@ -6,7 +6,7 @@ batch-normalisation statistics are only read: the averages over the ranks go int
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ class Snapshot:
     Attributes:
         weights: parameters, and batch-normalisation statistics averaged over the ranks.
         optimizer: whole states as `parameter/state`.
-        buffers: each rank's own statistics as `rank/buffer`.
+        buffers: the ranks' own statistics, [ranks, ...] each: few tensors, as files of many are slow.
     """
 
     weights: Mapping[str, Tensor]
@@ -41,7 +41,7 @@ def take(engine: Engine) -> Snapshot | None:
     optimizer = {name: _on_host(whole) for name, whole in _whole_optimizer(engine) if first}
     if not first:
         return None
-    own = {f"{rank}/{name}": _on_host(part) for rank, each in enumerate(buffers) for name, part in each.items()}
+    own = {name: _on_host(parts) for name, parts in buffers.items()}
     return Snapshot(weights=weights, optimizer=optimizer, buffers=own)
 
 
@@ -54,7 +54,7 @@ def _on_host(whole: Tensor) -> Tensor:
     return whole.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _whole_weights(engine: Engine, buffers: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _whole_weights(engine: Engine, buffers: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     network = engine.step_module.network
@@ -63,7 +63,7 @@ def _whole_weights(engine: Engine, buffers: Sequence[Mapping[str, Tensor]]) -> I
         assert whole is not None
         yield name, whole
     for name, buffer in _buffers(network).items():
-        yield name, torch.stack([own[name] for own in buffers]).mean(0) if name in buffers[0] else buffer
+        yield name, buffers[name].mean(0) if name in buffers else buffer
 
 
 def _whole_optimizer(engine: Engine) -> Iterator[tuple[str, Tensor]]:
@@ -77,23 +77,17 @@ def _whole_optimizer(engine: Engine) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}/{key}", safe_get_full_optimizer_state(parameter, key)
 
 
-def _all_buffers(engine: Engine) -> list[dict[str, Tensor]]:
-    """Each rank's statistics, on every rank, by one collective."""
+def _all_buffers(engine: Engine) -> dict[str, Tensor]:
+    """The ranks' statistics, [ranks, ...] each, on every rank, by one collective."""
     buffers = _float_buffers(engine.step_module.network)
     flat = torch.cat([b.flatten() for b in buffers.values()])
-    flats = [torch.empty_like(flat) for _ in range(engine.ranks.world_size)]
+    whole = flat.new_empty(engine.ranks.world_size, len(flat))
     if engine.ranks.world_size > 1:
-        dist.all_gather(flats, flat)
+        dist.all_gather(list(whole), flat)
     else:
-        flats = [flat]
-    sizes = [b.numel() for b in buffers.values()]
-    return [
-        {
-            name: part.reshape(b.shape)
-            for (name, b), part in zip(buffers.items(), torch.split(whole, sizes), strict=True)
-        }
-        for whole in flats
-    ]
+        whole[0] = flat
+    parts = whole.split([b.numel() for b in buffers.values()], dim=1)
+    return {name: part.reshape(-1, *b.shape) for (name, b), part in zip(buffers.items(), parts, strict=True)}
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -131,4 +125,5 @@ def restore_optimizer(engine: Engine, states: Mapping[str, Tensor], updates: int
 def restore_buffers(network: nn.Module, buffers: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Put this rank's own statistics back, where the checkpoint was written on the same number of ranks."""
     for name, buffer in _float_buffers(network).items():
-        buffer.copy_(buffers[f"{ranks.rank}/{name}"])
+        older = f"{ranks.rank}/{name}"  # of checkpoints that kept a tensor for each rank
+        buffer.copy_(buffers[name][ranks.rank] if older not in buffers else buffers[older])

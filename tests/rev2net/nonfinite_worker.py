@@ -62,7 +62,8 @@ class PoisonedLoader:
 def state(run: TrainingRun) -> dict[str, torch.Tensor]:
     """Everything that a step changes."""
     taken = run.ranks.broadcast(snapshot.take(run.engine))
-    return {**taken.weights, **taken.optimizer, **taken.buffers}
+    buffers = {f"ranks/{name}": parts for name, parts in taken.buffers.items()}
+    return {**taken.weights, **taken.optimizer, **buffers}
 
 
 class Steep(torch.autograd.Function):

@@ -29,6 +29,14 @@ except RuntimeError as error:
     sys.exit("gave up: " + str(error).splitlines()[0])
 """
 
+ALONE = """
+import os
+from rev2net.distributed import join, read_ranks
+before = set(os.listdir("/dev/shm"))
+join(read_ranks(), 1)
+print("joined, left", {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("deepspeed")})
+"""
+
 
 def test_a_rank_has_a_gpu_of_its_own_unless_it_is_to_leave_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs are made up; nothing is computed on them."""
@@ -43,14 +51,22 @@ def test_a_rank_has_a_gpu_of_its_own_unless_it_is_to_leave_them_alone(monkeypatc
     assert read_ranks().device == torch.device("cpu")
 
 
-def test_a_process_alone_meets_nobody_where_its_shell_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_alone_meets_nobody_where_its_shell_says() -> None:
+    """And DeepSpeed, as its launcher calls us, compiles nothing (no compiler is found) and keeps no shared memory."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         place = {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": str(taken.getsockname()[1])}  # an address of no machine
-        code = "from rev2net.distributed import *; join(read_ranks(), 1); print('joined')"
-        env = environment() | place | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run((sys.executable, "-c", code), env=env, capture_output=True, text=True, timeout=120)
-    assert "joined" in done.stdout, done.stderr
-    for name, value in {**place, "WORLD_SIZE": "2"}.items():
+        env = environment() | place | {"PYTHONPATH": str(ROOT), "LOCAL_SIZE": "1", "PATH": "/nowhere"}
+        done = subprocess.run((sys.executable, "-c", ALONE), env=env, capture_output=True, text=True, timeout=120)
+    assert "joined, left set()" in done.stdout, done.stderr
+
+
+def test_ranks_that_do_not_know_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")  # of srun
+    with pytest.raises(UserError, match=r"^8 tasks were started that know nothing of each other: start the ranks with"):
+        read_ranks()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert read_ranks().first
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"^WORLD_SIZE=2 is set, but RANK is not: start the ranks with deepspeed"):
         read_ranks()
