@@ -245,7 +245,7 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> int:
 
 def _sweep(options: argparse.Namespace, overrides: list[str]) -> int:
     from cluster.site import load_site
-    from cluster.submit import Placement, require_slurm
+    from cluster.submit import Placement, check_accelerator, require_slurm
     from cluster.sweep import SweepArray, SweepWork
     from rev2net.config import load_config
     from rev2net.grid import Search, sweep_config
@@ -264,6 +264,7 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> int:
         parent=options.folder,
     )
     _check_batch(config, array.placement)
+    check_accelerator(array.placement, array.site)
     if options.dry_run:
         _refuse_dry_run_of_local(options)
         sys.stdout.write(array.script())
@@ -287,7 +288,7 @@ def _refuse_dry_run_of_local(options: argparse.Namespace) -> None:
 def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
     from cluster.jobs import possible_folders
     from cluster.site import load_site
-    from cluster.submit import Placement, require_slurm, sbatch_script
+    from cluster.submit import Placement, check_accelerator, latest_of, require_slurm, sbatch_script
     from rev2net.config import load_config
 
     placement = Placement.from_options(
@@ -303,9 +304,11 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--executor local has one machine, not {placement.nodes}: give --nodes 1")
     config = load_config(options.config, overrides)
     _check_batch(config, placement)
+    check_accelerator(placement, site)
     if options.dry_run:
         folder = next(possible_folders(options.folder, name))
-        sys.stdout.write(sbatch_script(placement=placement, site=site, folder=folder, name=name))
+        latest = latest_of(config)
+        sys.stdout.write(sbatch_script(placement=placement, site=site, folder=folder, name=name, latest=latest))
         return 0
     _refuse_second(options, config.output)
     return _start_training(config, placement, site, name, options)
@@ -313,13 +316,14 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _start_training(config: Config, placement: Placement, site: Site, name: str, options: argparse.Namespace) -> int:
     from cluster.jobs import Job, new_folder, now, record
-    from cluster.submit import submit_local, submit_slurm, wait_local
+    from cluster.submit import latest_of, submit_local, submit_slurm, wait_local
     from cluster.task import Task, TrainWork
 
     task = Task(work=TrainWork(config=config))
     with new_folder(options.folder, name, config.yaml()) as folder:
         if options.executor == "slurm":
-            job = submit_slurm(task, placement=placement, site=site, folder=folder, name=name)
+            latest = latest_of(config)
+            job = submit_slurm(task, placement=placement, site=site, folder=folder, name=name, latest=latest)
         else:
             job = submit_local(task, placement=placement, site=site, folder=folder)
         submitted = Job(

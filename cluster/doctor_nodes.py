@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from submitit.helpers import TorchDistributedEnvironment
+from submitit.core.job_environment import JobEnvironment
 
 from cluster.doctor import Row, bandwidths, describe, diagnose, line_of
 from cluster.jobs import Job, JobFolder, new_folder, now, record
 from cluster.site import Site
 from cluster.status import cancel, read_statuses
 from cluster.submit import Placement, submit_slurm
+from cluster.task import export_place
 from dataloaders.errors import UserError
 from dataloaders.shards import write_atomically
 
@@ -46,12 +47,12 @@ class DoctorTask:
 
     def __call__(self) -> None:
         """The first rank of a node looks at the node; then all ranks reduce."""
-        place = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        if place.local_rank == 0:
-            self._write(f"node-{place.rank}", self._look())
-        row = _all_reduce(place.rank, place.local_rank, place.world_size)
-        if place.rank == 0 or row.state == "FAIL":
-            self._write(f"all-reduce-{place.rank}", [row])
+        rank, first_of_node = export_place(), JobEnvironment().local_rank == 0
+        if first_of_node:
+            self._write(f"node-{rank}", self._look())
+        row = _all_reduce(rank, int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
+        if rank == 0 or row.state == "FAIL":
+            self._write(f"all-reduce-{rank}", [row])
 
     def _look(self) -> list[Row]:
         try:

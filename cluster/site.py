@@ -25,6 +25,7 @@ class Site(BaseModel):
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
+    wckey: str | None = Field(None, description="workload characterization key, where the site keeps account of them")
     time_minutes: int = Field(1440, gt=0, description="time limit of one stay in the queue; the job requeues itself")
     memory_gb: float | None = Field(None, gt=0, description="per node")
     cpus_per_task: int | None = Field(None, gt=0)

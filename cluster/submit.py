@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError, environment_variables
 from submitit.helpers import clean_env
@@ -24,8 +24,11 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from cluster.jobs import snapshot_environment
 from cluster.site import Site
-from cluster.task import REQUEUE, STOPPED
+from cluster.task import REQUEUE, SETTLED, STOPPED
 from dataloaders.errors import UserError
+
+if TYPE_CHECKING:
+    from rev2net.config import Config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,23 +74,33 @@ class _ScriptExecutor(SlurmExecutor):  # type: ignore[misc]
         return 2
 
 
-def sbatch_script(*, placement: Placement, site: Site, folder: Path, name: str, array: int = 1) -> str:
+def sbatch_script(
+    *, placement: Placement, site: Site, folder: Path, name: str, array: int = 1, latest: Path | None = None
+) -> str:
     """The text that `sbatch` gets, for one job or an array of `array`; `folder` is the job's, seen by all nodes."""
-    executor = slurm_executor(placement=placement, site=site, folder=folder, name=name)
+    executor = slurm_executor(placement=placement, site=site, folder=folder, name=name, latest=latest)
     if array > 1:  # submitit makes no array of a single task
         executor.parameters["map_count"] = array
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
-def submit_slurm(task: Callable[[], object], *, placement: Placement, site: Site, folder: Path, name: str) -> Any:
-    """Submit and return submitit's job.
+def submit_slurm(
+    task: Callable[[], object],
+    *,
+    placement: Placement,
+    site: Site,
+    folder: Path,
+    name: str,
+    latest: Path | None = None,
+) -> Any:
+    """Submit and return submitit's job; arguments as of `slurm_executor`.
 
     Raises:
         UserError: `sbatch` refuses the job, or the partition has fewer nodes.
     """
     _check_nodes(placement, site)
     with submission():
-        return slurm_executor(placement=placement, site=site, folder=folder, name=name).submit(task)
+        return slurm_executor(placement=placement, site=site, folder=folder, name=name, latest=latest).submit(task)
 
 
 @contextlib.contextmanager
@@ -112,7 +125,7 @@ def _outside_of_jobs() -> Iterator[None]:
     Of a job in a shell of `srun --pty`, say, srun would bind the new tasks to the cores of the old ones, and all ranks
     would meet at a port that is taken. What users set for their own submissions stays.
     """
-    own = ("SLURM_CONF", "SLURM_CLUSTERS")
+    own = ("SLURM_CONF", "SLURM_CLUSTERS", "SUBMITIT_PREEMPT_SIGNAL")
     kept = {name: value for name, value in os.environ.items() if name in own or name.startswith("SBATCH_")}
     with clean_env(), environment_variables(**kept):
         yield
@@ -140,6 +153,15 @@ def _partitions() -> str:
     """What the user could ask for instead, as the end of a sentence."""
     named = ", ".join(f"{name.rstrip('*')} ({nodes} nodes)" for name, nodes in _partition_sizes().items())
     return f"; the partitions here are {named}: change `partition` in the site file, or --nodes" if named else ""
+
+
+def check_accelerator(placement: Placement, site: Site) -> None:
+    """Raise a UserError where GPUs are asked for, and the environment, which travels with the job, passes over them."""
+    if placement.gpus_per_node and {**os.environ, **site.env}.get("DS_ACCELERATOR") == "cpu":
+        raise UserError(
+            "DS_ACCELERATOR=cpu is set, with which no rank trains on the GPUs that --gpus-per-node asks for: unset it, "
+            "or give --tasks-per-node to train on CPUs"
+        )
 
 
 def local_gpus(jobs: int, *, placement: Placement, site: Site) -> list[list[int]]:
@@ -229,15 +251,22 @@ def require_slurm() -> None:
         )
 
 
-def slurm_executor(*, placement: Placement, site: Site, folder: Path, name: str) -> Any:
-    """submitit's executor with the settings of the site, for a job in `folder`."""
+def slurm_executor(*, placement: Placement, site: Site, folder: Path, name: str, latest: Path | None = None) -> Any:
+    """submitit's executor with the settings of the site, for a job in `folder`.
+
+    Args:
+        latest: file whose text changes with each checkpoint: where a rank dies and it has changed since the job's last
+            start, the job requeues itself. (So what fails each time at the same place ends the job.)
+    """
     python = shlex.quote(site.python or sys.executable)
     command = python if site.container is None else f"{site.container} {python}"
     executor = _ScriptExecutor(folder, max_num_timeout=site.max_timeouts, python=command)
-    # Since 22.05 srun does not inherit sbatch's --cpus-per-task; a lost rank must end the job, not hang the others.
-    srun_args = ["--kill-on-bad-exit=1"]
+    # A lost rank must end the job, not hang the others; with SBATCH_EXPORT=NONE in the environment srun would keep from
+    # the tasks what the script exports; and since 22.05 it does not inherit sbatch's --cpus-per-task.
+    srun_args = ["--kill-on-bad-exit=1", "--export=ALL"]
     if site.cpus_per_task is not None:
         srun_args.append(f"--cpus-per-task={site.cpus_per_task}")
+    begin, end = _requeue_lines(folder, latest)
     executor.update_parameters(
         job_name=name,
         nodes=placement.nodes,
@@ -251,13 +280,19 @@ def slurm_executor(*, placement: Placement, site: Site, folder: Path, name: str)
         time=site.time_minutes,
         mem=None if site.memory_gb is None else f"{round(site.memory_gb * 1024)}M",
         signal_delay_s=site.signal_delay_s,
-        setup=[*_exports(site.env), *site.setup, *_snapshot_exports(folder)],
-        teardown=None if site.container is None else _requeue_lines(folder),
+        wckey=site.wckey,
+        setup=[*_exports(site.env), *site.setup, *_snapshot_exports(folder), *begin],
+        teardown=end,
         srun_args=srun_args,
         # Without it `scontrol requeue` is refused where the site sets JobRequeue=0.
         additional_parameters={"requeue": True},
     )
     return executor
+
+
+def latest_of(config: Config) -> Path:
+    """The file of a training's folder that names its last checkpoint."""
+    return Path(config.output).absolute() / "checkpoints" / "latest"  # of rev2net.checkpoint, which imports PyTorch
 
 
 def _exports(variables: Mapping[str, str]) -> list[str]:
@@ -270,10 +305,22 @@ def _snapshot_exports(folder: Path) -> list[str]:
     return [f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}", *_exports(variables)]
 
 
-def _requeue_lines(folder: Path) -> list[str]:
-    """The end of a script whose tasks run in a container, where there is no scontrol (see `task.settle_requeue`)."""
+def _requeue_lines(folder: Path, latest: Path | None) -> tuple[list[str], list[str]]:
+    """Begin and end of a script that puts its job back into the queue.
+
+    It does where a task asks for it that has no scontrol, as in most containers (see `task.settle_requeue`), and where
+    a rank died and `latest` has changed, so that the next start gets further.
+    """
     # Of one task of an array SLURM_JOB_ID is the number of the array, which stands for all of them.
     name = "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}"
-    file = f"{shlex.quote(str(folder.absolute() / REQUEUE))}-$job"
-    again = "for try in 1 2 3 4 5 6 7 8 9 10; do scontrol requeue $job && break; sleep 5; done"
-    return ["status=$?", name, f"if rm {file} 2> /dev/null; then {again}; fi", "exit $status"]
+    asked, settled = (f"{shlex.quote(str(folder.absolute() / what))}-$job" for what in (REQUEUE, SETTLED))
+    again = "again() { for try in 1 2 3 4 5 6 7 8 9 10; do scontrol requeue $job && break; sleep 5; done; }"
+    begin, end = [name, again], ["status=$?", f"if rm {asked} 2> /dev/null; then again"]
+    if latest is not None:
+        text = f"$(cat {shlex.quote(str(latest))} 2> /dev/null)"
+        begin += [f"rm -f {settled}", f'saved="{text}"']
+        end += [
+            f'elif [ $status -ne 0 ] && [ ! -e {settled} ] && [ "{text}" != "$saved" ]; then',
+            f'  echo "a rank ended with status $status, the training goes on from {text}"; again',
+        ]
+    return begin, [*end, "fi", "exit $status"]

@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -59,6 +60,12 @@ RETRY_SECONDS = 5.0
 FINISHED = "finished"
 """Start of the name of the file by which a job says that its work has come to its end."""
 
+SETTLED = "settled"
+"""Start of the name of the file by which a job says that its ranks stopped together, and not because one died."""
+
+SAVED = "saved"
+"""Start of the name of the file by which a training says that the next start will find a checkpoint."""
+
 REQUEUE = "requeue"
 """Start of the name of the file by which a task without scontrol asks the job's script to requeue the job."""
 
@@ -86,11 +93,21 @@ class TrainWork:
 
     def __call__(self, stop_requested: StopRequested) -> bool:
         """Train until the end or until a stop is requested on any rank."""
+        from rev2net.checkpoint import latest
         from rev2net.train import train
 
         log_to_stdout()
         check_gpus()
-        return train(self.config, stop_requested=stop_requested).finished
+        folder, saved = Path(self.config.output) / "checkpoints", marker(SAVED)
+        if saved.exists() and latest(folder) is None:
+            raise UserError(
+                f"this job has saved its state, and {socket.gethostname()} sees no checkpoint in {folder}: choose an "
+                f"output= on storage that all nodes share (or delete {saved} to train from the start)"
+            )
+        finished = train(self.config, stop_requested=stop_requested).finished
+        if os.environ["RANK"] == "0":
+            saved.touch()
+        return finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,19 +129,18 @@ class Task:
         flag = StopFlag()
         for signum in (announced, signal.SIGTERM):
             signal.signal(signum, flag)
-        environment = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        if os.environ["SUBMITIT_EXECUTOR"] == "local":
-            os.environ["MASTER_ADDR"] = "127.0.0.1"  # A laptop's own host name often does not resolve.
         try:
+            rank = export_place()
             finished = self.work(flag.raised)
         except UserError as error:
             sys.exit(f"rev2net-cluster: {error}")
         if finished:
-            if environment.rank == 0:
+            if rank == 0:
                 mark(FINISHED)
             return
-        if environment.rank != 0:
+        if rank != 0:
             sys.exit(0)  # Not an error code: it would make srun kill rank 0 before it has requeued the job.
+        mark(SETTLED)
         if flag.received == {signal.SIGTERM} and not _preempted():
             print(STOPPED, flush=True)
             sys.exit(128 + signal.SIGTERM)
@@ -134,6 +150,36 @@ class Task:
     def checkpoint(self) -> DelayedSubmission:
         """submitit's hook at a requeue: the same task again (the state lies in the run's checkpoints)."""
         return DelayedSubmission(self)
+
+
+def export_place() -> int:
+    """Tell torch.distributed this task's rank, and where all of them meet; the rank.
+
+    Raises:
+        UserError: this node does not know the first one by its name.
+    """
+    given = os.environ.get("MASTER_ADDR")  # by the site's `setup`: of another network, say
+    place = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    if os.environ["SUBMITIT_EXECUTOR"] == "local":
+        os.environ["MASTER_ADDR"] = "127.0.0.1"  # A laptop's own host name often does not resolve.
+        return int(place.rank)
+    address = os.environ["MASTER_ADDR"] = given or place.master_addr
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise UserError(
+            f"node {socket.gethostname()} does not know {address}, where the ranks are to meet ({error.strerror}): "
+            "`export MASTER_ADDR=...` in the site's setup, with a name of the first node that all of them know"
+        ) from None
+    if place.local_rank and _sees_one_gpu_of_several():
+        os.environ["LOCAL_RANK"] = "0"  # each task has its own as number 0
+    return int(place.rank)
+
+
+def _sees_one_gpu_of_several() -> bool:
+    import torch
+
+    return int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) > 1 and torch.cuda.device_count() == 1
 
 
 def log_to_stdout() -> None:
@@ -165,9 +211,14 @@ def settle_requeue() -> None:
         SlurmJobEnvironment._requeue = _requeue if shutil.which("scontrol") else _ask_the_script
 
 
+def marker(what: str) -> Path:
+    """The file WHAT-ID in the job's folder; the id is submitit's."""
+    return Path(os.environ["SUBMITIT_FOLDER"]) / f"{what}-{JobEnvironment().job_id}"
+
+
 def mark(what: str) -> None:
-    """Leave the file WHAT-ID in the job's folder; the id is submitit's."""
-    (Path(os.environ["SUBMITIT_FOLDER"]) / f"{what}-{JobEnvironment().job_id}").touch()
+    """Leave the file."""
+    marker(what).touch()
 
 
 def _preempted() -> bool:

@@ -12,8 +12,8 @@ LEAST = 5
 """Fewer bad clips than this never end a run."""
 
 DEVIATIONS = 4.0
-"""Standard deviations by which their number must be above what the limit expects: a run of many epochs sees ten thousands
-of windows, and by chance one of them holds twice its share."""
+"""Standard deviations by which their number must be above what the limit expects: a run of many epochs sees ten
+thousands of windows, and by chance one of them holds twice its share."""
 
 
 class BadClips:

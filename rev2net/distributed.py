@@ -98,7 +98,7 @@ def read_ranks() -> Ranks:
     if tasks > 1 and "WORLD_SIZE" not in env:
         raise UserError(
             f"{tasks} tasks were started that know nothing of each other: start the ranks with rev2net-cluster submit, "
-            "deepspeed or torchrun (or set WORLD_SIZE=1, where each is to be a run by itself, with an output= of its own)"
+            "deepspeed or torchrun (or set WORLD_SIZE=1, where each is to be a run with an output= of its own)"
         )
     world_size = int(env.get("WORLD_SIZE", "1"))
     untold = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]

@@ -86,7 +86,7 @@ def _all_buffers(engine: Engine) -> dict[str, Tensor]:
         dist.all_gather(list(whole), flat)
     else:
         whole[0] = flat
-    parts = whole.split([b.numel() for b in buffers.values()], dim=1)
+    parts = torch.split(whole, [b.numel() for b in buffers.values()], dim=1)
     return {name: part.reshape(-1, *b.shape) for (name, b), part in zip(buffers.items(), parts, strict=True)}
 
 

@@ -119,10 +119,7 @@ class Slurm:
 
         Slurm looks at its clocks every half minute, and preempts when it gets to it: a short training would be over.
         """
-        path = os.fsencode(folder)
-        lines = ((file.parent, file.read_bytes().split(b"\0")) for file in Path("/proc").glob("[0-9]*/cmdline"))
-        ranks = [process for process, words in lines if path in words and b"submitit.core._submit" in words[1:4]]
-        assert len(ranks) == 2
+        ranks = ranks_of(folder)
         for rank in ranks:
             os.kill(int(rank.name), signal.SIGSTOP)
         try:
@@ -163,6 +160,15 @@ class Slurm:
             return queue is not None and job not in queue.split()
 
         self.wait(f"end of job {job}", ended, seconds)
+
+
+def ranks_of(folder: Path) -> list[Path]:
+    """The two ranks of a job, as folders of /proc."""
+    path = os.fsencode(folder)
+    lines = ((file.parent, file.read_bytes().split(b"\0")) for file in Path("/proc").glob("[0-9]*/cmdline"))
+    ranks = [process for process, words in lines if path in words and b"submitit.core._submit" in words[1:4]]
+    assert len(ranks) == 2
+    return ranks
 
 
 def _is_signalled(process: Path) -> bool:

@@ -6,7 +6,9 @@ signal has come, as if a step took that long, so that short trainings do, on fas
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
-from slurm import Slurm
+from slurm import Slurm, ranks_of
 from tiny import TINY
 
 from cluster.cli import main
@@ -183,6 +185,23 @@ def test_p7_a_job_that_is_preempted_twice_does_no_step_twice(trainings: Training
         f"saved at each signal, requeued, went on in the same MLflow run; the same weights in the end; "
         f"{trainings.until_first_step('preempted', facts)}",
         "0 steps",
+    )
+
+
+def test_p4_a_job_whose_rank_dies_goes_on_from_its_last_checkpoint(trainings: Trainings, record: Record) -> None:
+    """As of a GPU that fails. The rank that was started last is killed, once there is a checkpoint."""
+    trainings.submit("rank", every=EVERY)
+    trainings.wait_for_step("rank", count=EVERY + 3)
+    os.kill(int(ranks_of(trainings.job("rank").path)[-1].name), signal.SIGKILL)
+    facts = trainings.finish("rank")
+    lost = trainings.check("rank", facts)
+    assert facts["Restarts"] == "1" and lost <= EVERY
+    assert "the training goes on from step-0000" in trainings.job("rank").log(0, "out").read_text()
+    record(
+        "a rank dies",
+        f"the job ended, and its script requeued it, as there was a new checkpoint; the same weights in the end; "
+        f"{trainings.until_first_step('rank', facts)}",
+        f"{lost} steps (a checkpoint every {EVERY})",
     )
 
 

@@ -20,8 +20,9 @@ from dataloaders.verify import verify
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Run a `rev2net-cluster` command that is a user's mistake; its one sentence."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
 
     def run(*words: str) -> str:
         assert main(words) == 2
@@ -36,14 +37,16 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 def script(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The script that a command would submit, without what differs between machines."""
     monkeypatch.setenv("REV2NET_COMMIT", "COMMIT")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
 
     def run(*words: str) -> str:
         folder = tmp_path / "jobs"
         assert main([*words, "--dry-run", "--folder", str(folder)]) == 0
         assert not folder.exists()
         text = capsys.readouterr().out
-        text = re.sub(r"-\d{8}-\d{6}\b", "-TIME", text.replace(str(folder), "FOLDER"))
-        return text.replace(shlex.quote(sys.executable), "PYTHON")
+        text = text.replace(str(folder), "FOLDER").replace(shlex.quote(sys.executable), "PYTHON")
+        text = re.sub(r"-\d{8}-\d{6}\b", "-TIME", text)
+        return text.replace(str(Path.cwd()), "CWD")
 
     return run
 

@@ -24,7 +24,7 @@ from cluster.cli import main
 from cluster.doctor import diagnose
 from cluster.doctor_nodes import DoctorTask, _node_rows, _reduce_rows
 from cluster.site import Site, load_site
-from cluster.submit import Placement, _requeue_lines, local_gpus, submit_local, wait_local
+from cluster.submit import Placement, _requeue_lines, check_accelerator, local_gpus, submit_local, wait_local
 from cluster.task import Task, TrainWork, check_gpus
 from dataloaders.errors import UserError
 from rev2net.config import load_config
@@ -70,7 +70,10 @@ def test_p12_the_doctor_s_words_for_here_and_for_nodes(refused: Callable[..., st
 
 
 @pytest.mark.parametrize("command", ["submit", "sweep", "prepare"])
-def test_the_examples_of_the_help_make_scripts(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_of_the_help_make_scripts(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     with pytest.raises(SystemExit):
         main([command, "--help"])
     said = capsys.readouterr().out.splitlines()
@@ -273,7 +276,8 @@ def test_p7_a_task_of_an_array_asks_about_itself_and_requeues_itself(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert task._preempted()
     task._ask_the_script(SlurmJobEnvironment(), 1)
-    script = "\n".join(["(exit 5)", *_requeue_lines(tmp_path)])
+    begin, end = _requeue_lines(tmp_path, None)
+    script = "\n".join([*begin, "(exit 5)", *end])
     for _ in range(2):  # the second time there is no such wish
         assert subprocess.run(["bash", "-c", script]).returncode == 5
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
@@ -281,6 +285,63 @@ def test_p7_a_task_of_an_array_asks_about_itself_and_requeues_itself(
     task._ask_the_script(SlurmJobEnvironment(), 1)
     assert subprocess.run(["bash", "-c", script]).returncode == 5
     assert (tmp_path / "asked").read_text() == "show job 47_3\nrequeue 47_3\nrequeue 47\n"
+
+
+def test_p7_a_job_whose_rank_died_requeues_itself_where_it_got_further(tmp_path: Path) -> None:
+    """A stub in place of scontrol; the tasks are a line of shell."""
+    stub, latest = tmp_path / "scontrol", tmp_path / "latest"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    stub.chmod(0o755)
+    environment = {"SLURM_JOB_ID": "47", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def asked(tasks: str) -> bool:
+        (tmp_path / "asked").unlink(missing_ok=True)
+        begin, end = _requeue_lines(tmp_path, latest)
+        script = "\n".join([*begin, tasks, *end])
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+        requeued = (tmp_path / "asked").exists()
+        assert requeued == ("a rank ended with status 9, the training goes on from step-2" in done.stdout)
+        assert done.returncode in (0, 9) and done.stderr == ""
+        return requeued
+
+    assert not asked("(exit 9)")
+    assert not asked(f"echo step-1 > {latest}; (exit 0)")
+    assert asked(f"echo step-2 > {latest}; (exit 9)")
+    assert not asked("(exit 9)")  # at the same place again
+    assert not asked(f"echo step-3 > {latest}; touch {tmp_path}/settled-47; (exit 9)")
+    assert not asked("(exit 9)")
+
+
+def test_p12_gpus_that_the_environment_passes_over_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    eight, none = (
+        Placement.from_options(nodes=1, gpus_per_node=g, tasks_per_node=t) for g, t in ((8, None), (None, 2))
+    )
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    check_accelerator(none, Site())
+    check_accelerator(eight, Site(env={"DS_ACCELERATOR": "cuda"}))
+    with pytest.raises(UserError, match=r"^DS_ACCELERATOR=cpu is set, with which no rank trains on the GPUs"):
+        check_accelerator(eight, Site())
+
+
+def test_a_task_that_sees_its_gpu_alone_takes_it_and_meets_where_the_site_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Slurm tells the second of two tasks on a node; the one GPU is made up."""
+    told = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}
+    told |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_GPUS_ON_NODE": "2"}
+    for name, value in {**told, "SUBMITIT_EXECUTOR": "slurm"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # for its end
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert task.export_place() == 1
+    assert (os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["MASTER_ADDR"]) == ("1", "0", "localhost")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    task.export_place()
+    assert (os.environ["LOCAL_RANK"], os.environ["MASTER_ADDR"]) == ("1", "127.0.0.7")
+    monkeypatch.setenv("MASTER_ADDR", "node.invalid")
+    with pytest.raises(UserError, match=r"does not know node\.invalid, where the ranks are to meet"):
+        task.export_place()
 
 
 def test_p12_gpus_of_this_machine_are_those_that_the_user_allows(monkeypatch: pytest.MonkeyPatch) -> None:

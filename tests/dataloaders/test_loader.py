@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import Mock
 from weakref import WeakSet
 
+import numpy as np
 import pytest
 import torch
 from tiny_data import make_dataset
@@ -248,14 +249,23 @@ def test_p8_too_many_bad_clips_of_the_last_thousand_end_a_run_and_few_never_do()
     many = BadClips(0.01)
     for step in range(1000):
         many.add(int(step % 10 == 0), 16)  # 1 of 160: 6 or 7 of the last thousand or so
-    many.add(3, 16)
-    with pytest.raises(RuntimeError, match=r"1\d of the last 100\d clips"):
-        many.add(2, 16)
+    many.add(12, 16)
+    with pytest.raises(RuntimeError, match=r"2\d of the last 100\d clips"):
+        many.add(6, 16)
     # A run that goes on has seen others before.
     resumed = BadClips(0.01, seen=5000)
-    resumed.add(9, 16)
-    with pytest.raises(RuntimeError, match=r"11 of the last 1000 clips"):
-        resumed.add(2, 16)
+    resumed.add(16, 16)
+    with pytest.raises(RuntimeError, match=r"24 of the last 1000 clips"):
+        resumed.add(8, 16)
+    # Half of what is allowed, by chance, over as many steps as 50 epochs of a large data set have; and twice as much.
+    chance = np.random.default_rng(0)
+    for batch, steps in ((2048, 6000), (64, 20_000)):
+        lucky, unlucky = BadClips(0.01), BadClips(0.01)
+        for bad in chance.binomial(batch, 0.005, steps):
+            lucky.add(int(bad), batch)
+        with pytest.raises(RuntimeError):
+            for bad in chance.binomial(batch, 0.02, 1000):
+                unlucky.add(int(bad), batch)
     # What is longer ago than a thousand clips is forgotten.
     forgiven = BadClips(0.01)
     for _ in range(20):
