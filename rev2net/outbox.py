@@ -17,10 +17,12 @@ Row = Mapping[str, Any]
 
 
 class Outbox:
-    """Rows in order, and how many of them have arrived. One thread appends, one other calls the rest.
+    """Rows in order, and which of them have arrived. One thread appends, one other calls the rest.
+
+    What cannot arrive now may be set aside, so that the rows after it do not wait for it.
 
     Args:
-        folder: of the run; the rows are in `outbox.jsonl`, their count and whose they are in `outbox.json`.
+        folder: of the run; the rows are in `outbox.jsonl`, what has arrived and whose they are in `outbox.json`.
         fresh: forget what an earlier run left there.
 
     Attributes:
@@ -41,8 +43,10 @@ class Outbox:
             self.run, self.forgotten, state = None, self.run, {}
         self._lock = threading.Lock()
         self.rows = self._read()
-        self._arrived = min(int(state.get("arrived", 0)), len(self.rows))
-        self._pending = deque(self.rows[self._arrived :])
+        self._passed = min(int(state.get("arrived", 0)), len(self.rows))  # those set aside included
+        self._pending = deque(self.rows[self._passed :])
+        self._aside = deque(index for index in state.get("aside", ()) if index < self._passed)
+        self._from_aside = False
 
     def _read(self) -> list[Row]:
         if not self._file.exists():
@@ -55,6 +59,11 @@ class Outbox:
 
     def __len__(self) -> int:
         """Rows that have not arrived."""
+        return len(self._pending) + len(self._aside)
+
+    @property
+    def in_order(self) -> int:
+        """Those of them that were not set aside."""
         return len(self._pending)
 
     def append(self, row: Row) -> None:
@@ -70,28 +79,62 @@ class Outbox:
             self.rows.append(row)
             self._pending.append(row)
 
-    def first(self) -> Row:
-        """The oldest row that has not arrived; IndexError where all have."""
-        return self._pending[0]
+    def next(self, values: int) -> list[Row]:
+        """The oldest rows that have not arrived: one, or several with at most so many values in all.
 
-    def arrived(self) -> None:
-        """The first row has arrived."""
-        self._pending.popleft()
-        self._arrived += 1
+        Those that were set aside come when no other is left. IndexError where all have arrived.
+        """
+        self._from_aside = not self._pending
+        if self._from_aside:
+            return [self.rows[self._aside[0]]]
+        rows: list[Row] = []
+        with self._lock:
+            for row in self._pending:
+                values -= len(row.get("values", ()))
+                if rows and (values < 0 or "values" not in row):
+                    break
+                rows.append(row)
+                if "values" not in row:
+                    break
+        return rows
+
+    def arrived(self, count: int) -> None:
+        """So many rows, which `next` has given, have arrived."""
+        if self._from_aside:
+            self._aside.popleft()
+        else:
+            self._pass(count)
         self._write_mark()
+
+    def set_aside(self) -> None:
+        """The row that `next` has given shall not be waited for."""
+        if self._from_aside:
+            self._aside.rotate(-1)
+            return
+        self._aside.append(self._passed)
+        self._pass(1)
+        self._write_mark()
+
+    def _pass(self, count: int) -> None:
+        with self._lock:
+            for _ in range(count):
+                self._pending.popleft()
+        self._passed += count
 
     def address(self, uri: str, run_id: str) -> None:
         """The run that the rows go to; all of them, where it is another one than before."""
         if self.run != (uri, run_id):
-            self.run, self._arrived = (uri, run_id), 0
+            self.run, self._passed = (uri, run_id), 0
             with self._lock:
                 self._pending = deque(self.rows)
+                self._aside.clear()
             self._write_mark()
 
     def _write_mark(self) -> None:
+        state = {"run": self.run, "arrived": self._passed, "aside": list(self._aside)}
         # What is sent twice after a crash because of this arrives once: it is the same, time included.
         with contextlib.suppress(OSError):
-            write_atomically(self._mark, json.dumps({"run": self.run, "arrived": self._arrived}).encode())
+            write_atomically(self._mark, json.dumps(state).encode())
 
 
 def run_of(checkpoint: Path, saved: str | None) -> str | None:

@@ -36,6 +36,12 @@ _REFUSALS = frozenset({
 })  # fmt: skip
 """MLflow's codes for an entry that is wrong. All else, a full disk or a locked database say, is the store's trouble."""
 
+ASIDE_SECONDS = 60.0
+"""Between two tries of a store for files that does not take any."""
+
+VALUES_AT_ONCE = 1000
+"""MLflow's limit for one request."""
+
 PATIENCE_SECONDS = 60.0
 """For a server that does not answer when the training has ended."""
 
@@ -75,7 +81,7 @@ class Tracker:
         self._config = config
         self._active = active and config.tracking.enabled
         self._client: Any = None
-        self._closing = self._given_up = False
+        self._closing = self._given_up = self._files_wait = False
         self._patience, self._ending = PATIENCE_SECONDS, "FINISHED"
         self._changed = threading.Condition()
         self._last: dict[str, int] = {}
@@ -226,20 +232,26 @@ class Tracker:
             self._changed.notify_all()
 
     def _deliver(self) -> None:
-        away, refused = False, 0
+        away, refused, most = False, 0, VALUES_AT_ONCE
         while not self._given_up:
             with self._changed:
                 self._changed.wait_for(lambda: len(self._outbox) or self._closing)
             if not len(self._outbox):
                 return
+            rows: list[Row] = []
             try:
                 if self._client is None:
                     self._client = self._connect()
-                self._send(self._outbox.first())
+                rows = self._outbox.next(most)
+                self._send(rows)
             except Exception as error:  # whatever it is, it must not reach the training
+                most = 1  # of several the one that is wrong is found
                 refused = refused + 1 if self._client is not None and _is_refusal(error) else 0
                 # Asked anew each time: it may be another server by then, or have lost the run.
                 self._client = None
+                if not refused and rows and rows[0].keys() & {"text", "file"}:
+                    self._set_aside(error)
+                    continue
                 if refused < TRIES:
                     if not away:
                         log.warning("MLflow at %s fails, training goes on: %s", self.uri, first_line(error))
@@ -250,17 +262,32 @@ class Tracker:
             else:
                 if away:
                     log.info("MLflow at %s answers again", self.uri)
-                away = False
+                away, most = False, VALUES_AT_ONCE
             refused = 0
-            self._outbox.arrived()
+            self._outbox.arrived(len(rows))
             with self._changed:
                 self._changed.notify_all()
 
-    def _send(self, row: Row) -> None:
+    def _set_aside(self, error: Exception) -> None:
+        """Files have a store of their own, which may be away, or not for us: nothing else is to wait for it."""
+        if not self._files_wait:
+            log.warning("MLflow at %s takes no files, they wait for it: %s", self.uri, first_line(error))
+        self._files_wait = True
+        self._outbox.set_aside()
+        if self._outbox.in_order:
+            return
+        with self._changed:
+            closing = self._closing  # which is a reason to try at once
+            self._changed.wait_for(
+                lambda: self._outbox.in_order or self._closing != closing, RETRY_SECONDS if closing else ASIDE_SECONDS
+            )
+
+    def _send(self, rows: list[Row]) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
+        row = rows[0]
         if "status" in row:
-            if len(self._outbox) == 1:  # else it is that of an earlier start
+            if row is self._outbox.rows[-1]:  # else it is that of an earlier start
                 self._client.set_terminated(self.run_id, row["status"])
         elif "replaces" in row:
             # Killed before its first checkpoint: nobody goes on with it, and it would be RUNNING for ever.
@@ -276,7 +303,7 @@ class Tracker:
         elif "file" in row:
             self._client.log_artifact(self.run_id, str(Path(self._config.output) / row["file"]))
         elif "values" in row:
-            values = [Metric(name, value, row["time"], row["step"]) for name, value in row["values"].items()]
+            values = [Metric(name, value, r["time"], r["step"]) for r in rows for name, value in r["values"].items()]
             self._client.log_batch(self.run_id, values)
 
     def _connect(self) -> Any:
@@ -285,7 +312,8 @@ class Tracker:
         if self.run_id is None or not self._has(client, self.run_id):
             self.run_id = self._create(client)
         self._outbox.address(self.uri, self.run_id)
-        client.update_run(self.run_id, status="RUNNING")
+        if self._outbox.in_order:
+            client.update_run(self.run_id, status="RUNNING")
         return client
 
     def _has(self, client: Any, run_id: str) -> bool:

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -253,6 +254,35 @@ def test_an_entry_that_the_store_refuses_does_not_hold_up_the_others(
     assert tracker.run_id is not None
     run = MlflowClient(tracker.uri).get_run(tracker.run_id)
     assert run.info.status == "FINISHED" and run.data.params["model.name"] == "rev2net"
+
+
+def test_files_that_their_store_does_not_take_hold_up_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a server keeps files in a folder of its own machine, which clients cannot write to."""
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.1)
+
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/mlartifacts")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_text", denied)
+        with Tracker(configuration(tmp_path), active=True) as tracker:
+            for step in range(1, 200):
+                tracker.metrics({f"x{n}": float(step) for n in range(20)}, step)
+            wait("the metrics", lambda: not tracker._outbox.in_order)
+            tracker.hurry()
+    assert caplog.text.count("takes no files, they wait for it: ") == 1
+    assert "1 entries for MLflow could not be delivered" in caplog.text
+    client = MlflowClient(tracker.uri)
+    assert tracker.run_id is not None
+    run = client.get_run(tracker.run_id)
+    assert history(tracker.uri, "x7") == [[(step, float(step)) for step in range(1, 200)]]
+    assert run.info.status == "FINISHED" and client.list_artifacts(tracker.run_id) == []
+    Tracker(configuration(tmp_path), active=True, resumed=200, complete=True).close()
+    assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["config.yaml"]
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert history(tracker.uri, "x7") == [[(step, float(step)) for step in range(1, 200)]]
 
 
 def test_an_interrupted_run_is_killed_until_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
