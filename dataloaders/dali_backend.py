@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from threading import Lock
 from typing import Any, TypeAlias
 
@@ -119,12 +120,19 @@ def _cut(video: Any, name: str, flip: Any, words: DeviceWords, size: tuple[int, 
     return fn.flip(resized, horizontal=flip, vertical=0, name=f"{name}_flip", device=words.operator)
 
 
+@cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    """One for all loaders: PyTorch keeps the memory that one stream has used from all others, for ever."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class DALIBackend:
     """One DALI pipeline; threads that call it take turns, after they have prepared what it is fed.
 
     Args:
         batch: most clips in one call.
         threads: DALI's own threads; on a GPU each decodes one clip at a time.
+        number: of this pipeline among those of its loader.
     """
 
     def __init__(
@@ -136,6 +144,7 @@ class DALIBackend:
         size: tuple[int, int],
         with_flow: bool,
         with_rgb: bool = True,
+        number: int = 0,
     ) -> None:
         self._device = device
         self._with_rgb = with_rgb
@@ -148,7 +157,7 @@ class DALIBackend:
         self._device_id = (device.index or 0) if on_gpu else None
         self._turn = Lock()
         self._pipeline = self._fresh()
-        self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._stream = _stream(device, number) if on_gpu else None
 
     def _fresh(self) -> Any:
         pipeline = clip_pipeline(

@@ -233,8 +233,9 @@ def make_lanes(
             size=(shape.height, shape.width),
             with_flow=with_flow,
             with_rgb=with_rgb,
+            number=number,
         )
-        for _ in range(pipelines)
+        for number in range(pipelines)
     ]
     # While one lane of a pipeline decodes, the other reads the next batch: else a decoder would wait for the storage.
     return [Lane(backend) for _ in range(2) for backend in backends]

@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 
 _REPLACEMENT_TRIES = 20
 
-FETCH_STEPS, FETCH_VIDEOS = 64, 64
-"""How far before the consumer the shards of a remote data set are fetched: optimizer steps, videos of an evaluation."""
+FETCH_STEPS, FETCH_CLIPS, FETCH_VIDEOS = 64, 1024, 64
+"""How far before the consumer the shards of a remote data set are fetched: in training the longer of so many optimizer
+steps and so many clips of a rank, in an evaluation so many videos."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +120,11 @@ class TrainLoader:
             with_rgb=with_rgb,
         )
         self._fetch = FetchAhead(self._source, self._order)
+        # An epoch at most: the shards of a third one would push out those in use.
+        steps = max(FETCH_STEPS, -(-FETCH_CLIPS // self._rank_batch))
+        self._fetch_steps = min(steps, max(1, self._order.num_samples // global_batch))
+        for early in range(start_step, start_step + self._fetch_steps):
+            self._fetch.want(self._positions(early))
         self._ahead = Ahead(self._lanes, self._load, self._tasks(start_step), prefetch)
         self.failures: list[tuple[str, str]] = []
         self.num_samples = self._order.num_samples
@@ -177,10 +183,8 @@ class TrainLoader:
 
     def _tasks(self, step: int) -> Iterator[range]:
         """Positions of one micro-batch after the other."""
-        for early in range(step, step + FETCH_STEPS):
-            self._fetch.want(self._positions(early))
         while True:
-            self._fetch.want(self._positions(step + FETCH_STEPS))
+            self._fetch.want(self._positions(step + self._fetch_steps))
             start = self._positions(step).start
             for offset in range(0, self._rank_batch, self._micro_batch):
                 yield range(start + offset, start + offset + self._micro_batch)

@@ -141,7 +141,7 @@ def read_kinetics(root: Path, lists: Sequence[Path], classes_file: Path | None =
 
 def _kinetics_rows(file: Path) -> Iterable[tuple[tuple[str, int, int], _Row]]:
     try:
-        with file.open(encoding="utf-8", newline="") as stream:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
             table = csv.DictReader(stream)
             lacking = [column for column in _KINETICS_COLUMNS if column not in (table.fieldnames or ())]
             if lacking:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import get_args
@@ -34,7 +35,8 @@ examples:
   rev2net prepare folder videos data --codec vp9 --short-side 128     for machines without an NVIDIA GPU
 """
 
-_LIST_HELP = """A list has one `path label` per line, labels are numbers from 0 or names. SOURCE is the list of the
+_LIST_HELP = """A list has one `path label` per line (`path,label` in a .csv; a tab between them allows for class
+names with spaces), labels are numbers from 0 or names. SOURCE is the list of the
 training clips (further splits by --val and --test), or a folder that holds train.txt and, if wanted, val.txt and
 test.txt.
 
@@ -282,6 +284,18 @@ def _refuse_inside(out: Path, source: Path) -> None:
         raise UserError(f"OUT {out} lies in SOURCE {source}, whose folders are classes; give a folder outside of it")
 
 
+def _absent_classes(listing: SourceListing, bad: set[str]) -> Iterator[str]:
+    """A sentence for each split that has no clip of some classes."""
+    good = [clip for clip in listing.clips if clip.relative not in bad]
+    for split in sorted({clip.split for clip in listing.clips}):
+        there = {clip.label for clip in good if clip.split == split}
+        absent = [name for label, name in enumerate(listing.classes) if label not in there]
+        if absent:
+            names = ", ".join(absent[:_SHOWN]) + (", …" if len(absent) > _SHOWN else "")
+            verb = "class has" if len(absent) == 1 else "classes have"
+            yield f"{len(absent)} {verb} no clip in the split {split}: {names}"
+
+
 def _tell(report: PrepareReport, listing: SourceListing, args: argparse.Namespace, seconds: float) -> int:
     bad = report.quarantined
     for entry in bad[:_SHOWN]:
@@ -291,6 +305,8 @@ def _tell(report: PrepareReport, listing: SourceListing, args: argparse.Namespac
     if listing.skipped:
         names = ", ".join(listing.skipped[:_SHOWN]) + (", …" if len(listing.skipped) > _SHOWN else "")
         print(f"skipped {len(listing.skipped)} files that are no videos by name: {names}", file=sys.stderr)
+    for told in _absent_classes(listing, {entry.file for entry in bad}):
+        print(told, file=sys.stderr)
     if listing.missing:
         print(f"{len(listing.missing)} listed clips are not on the disk, see {args.out / MISSING}", file=sys.stderr)
     if not report.finished:

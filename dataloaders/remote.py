@@ -1,9 +1,9 @@
 """Data sets behind a URL: their shards are fetched whole, when they are needed, into a bounded cache on this machine.
 
 Any URL that fsspec understands will do. The cache is a folder that all processes of a machine share, also those that
-train on other data sets: `FOLDER/rev2net-shards/FINGERPRINT/train-000000.tar`. A shard there is whole or absent, under
-its name only when its hash was the manifest's. A lock file beside it says that somebody fills, opens or removes it: a
-lock of the kernel's, which ends with the process that holds it.
+train on other data sets: `FOLDER/rev2net-shards-UID/FINGERPRINT/train-000000.tar`. A shard there is whole or absent,
+under its name only when its hash was the manifest's. A lock file beside it says that somebody fills, opens or removes
+it: a lock of the kernel's, which ends with the process that holds it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ _MOMENT = 0.02
 """Seconds until what stands in the way is looked at again."""
 _SOON = 30.0
 """Seconds within which a shard in use is used again: a loader marks those of its next steps at each step."""
-_OWN_FOLDER = "rev2net-shards"
-"""What is removed is only ever removed from in here: a user may name a cache folder that holds other things."""
+_OWN_FOLDER = f"rev2net-shards-{os.getuid()}"
+"""What is removed is only ever removed from in here: a user may name a cache folder that holds other things, or that
+other users have as well, whose files are not ours to lock and to remove."""
 
 
 class DamagedShardError(RuntimeError):
@@ -268,4 +269,9 @@ def _options(url: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
     # Any size spares the question for it, in which fsspec takes a server that is away for a file that is not there.
     # aiohttp would give up after five minutes, however well a large shard comes along.
-    return {"size": 1}, {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}}
+    return {"size": 1}, {
+        "client_kwargs": {
+            "trust_env": True,
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60),
+        }
+    }

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import socket
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -206,7 +207,7 @@ class DataSet:
         data = read_url(f"{url}/{MANIFEST}")
         manifest = _parse_manifest(data, f"{url}/{MANIFEST}")
         fingerprint = hashlib.sha256(data).hexdigest()
-        place = default_cache() if cache is None else Path(cache).expanduser()
+        place = default_cache() if cache is None else _place(cache)
         kept = ShardCache(url, folder=place, limit=round(cache_gb * 1e9), fingerprint=fingerprint)
         return cls(url, kept.folder, manifest, fingerprint, kept)
 
@@ -256,7 +257,8 @@ class DataSet:
         """The split's shards in their order on disk; UserError for an unknown split."""
         if split not in self._shards:
             raise UserError(
-                f"data set {self.location} has no split {split!r}; it has {', '.join(self.splits) or 'none'}"
+                f"data set {self.location} has no split {split!r}; it has {', '.join(self.splits) or 'none'} (one for "
+                "testing can be drawn from the training clips: prepare --val-fraction, or data.holdout of one training)"
             )
         return self._shards[split]
 
@@ -348,6 +350,14 @@ def _shard_info(shard: Mapping[str, Any], location: str, folder: Path, cache: Sh
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write `dataset.json` aside and rename it into place."""
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def _place(cache: str | Path) -> Path:
+    """With what this machine's environment says: folders of its own are known by variables only."""
+    place = os.path.expandvars(cache)
+    if "$" in place:
+        raise UserError(f"loader.cache={cache} names a variable that is not set on {socket.gethostname()}: set it")
+    return Path(place).expanduser()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import re
 from collections import defaultdict
@@ -295,10 +296,16 @@ def _read_list(file: Path) -> list[tuple[str, str, str]]:
     for number, line in numbered_lines(file, "list", "a file with one `path label` per line"):
         if line.startswith("#"):
             continue
-        words = line.rsplit(maxsplit=1)
+        # Of paths and class names with spaces: a comma in a .csv, a tab anywhere.
+        if file.suffix.lower() == ".csv":
+            words = next(csv.reader([line], skipinitialspace=True))
+        else:
+            words = line.split("\t") if "\t" in line else line.rsplit(maxsplit=1)
         if len(words) != 2:
-            raise UserError(f"{file} line {number} is {line!r}; it must be `path label`")
-        rows.append((f"{file} line {number}", words[0].strip(), words[1]))
+            raise UserError(
+                f"{file} line {number} is {line!r}; it must be `path label`, in a .csv `path,label`, without a heading"
+            )
+        rows.append((f"{file} line {number}", words[0].strip(), words[1].strip()))
     return rows
 
 

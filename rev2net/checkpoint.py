@@ -293,7 +293,7 @@ def find(path: str | Path) -> Path:
             return found
     raise UserError(
         f"there is no checkpoint at {path}: give a run's output folder, one of its checkpoints/step-* folders, or "
-        "checkpoints/best"
+        "checkpoints/best (init_from also takes a published file of weights)"
     )
 
 

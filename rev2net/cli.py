@@ -8,9 +8,11 @@ import io
 import logging
 import os
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -95,14 +97,45 @@ def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     from rev2net.train import train
 
-    started = time.perf_counter()
-    result = train(config)
+    started, stop = time.perf_counter(), _StopSignals()
+    # A launcher ends its ranks by these signals, also where one has died.
+    with stop.installed() if os.environ.get("WORLD_SIZE", "1") == "1" else nullcontext():
+        result = train(config, stop_requested=stop)
+    if stop.received and not result.finished:
+        return 128 + stop.received
     if is_first():
         _report(result.metrics, time.perf_counter() - started)
         print(f"checkpoint  {result.checkpoint}")
         if result.run_id is not None:
             print(f"watch it    {ui_command(result.tracking_uri)}")
     return 0
+
+
+class _StopSignals:
+    """Ctrl-C or SIGTERM: the training saves after the step in hand, and ends; at a second Ctrl-C it ends at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Instead of what they do outside."""
+        before = {signum: signal.signal(signum, self._receive) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _receive(self, signum: int, _: object) -> None:
+        if signum == self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signum
+        # Not by print: the signal may have come in the middle of one.
+        os.write(2, b"rev2net train: saving after the step in hand, then ending; Ctrl-C again ends at once\n")
+
+    def __call__(self) -> bool:
+        return bool(self.received)
 
 
 def _report(values: dict[str, float], seconds: float) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -459,6 +460,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     tree = _read(Path(path))
     for override in overrides:
         _apply(tree, override)
+    for place in PLACES:
+        *sections, name = place.split(".")
+        section: Any = tree
+        for each in sections:
+            section = section.get(each) if isinstance(section, dict) else None
+        if isinstance(section, dict) and str(section.get(name, "")).startswith("~"):
+            section[name] = os.path.expanduser(section[name])  # the shell does so in some places only
     return config_from_tree(tree)
 
 

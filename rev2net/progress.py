@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import resource
+import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ from rev2net.config import parse_range
 from rev2net.distributed import Ranks
 
 log = logging.getLogger("rev2net")
+
+
+SHOWN_WAIT = 0.05
+"""The rank that waits for data the longest is named from this share of the time on."""
 
 
 def duration(seconds: float) -> str:
@@ -77,27 +83,41 @@ class StepLog:
             return None
         elapsed = time.perf_counter() - self._since
         values = {name: value / self._finite for name, value in self._sums.items()}
+        # A step takes as long as on the rank that waits the longest.
+        own = (waited - self._waited) / elapsed, memory_gib(self._ranks.device), socket.gethostname()
+        shares, memories, hosts = zip(*self._ranks.gather(own), strict=True)
+        most = max(shares)
+        worst = shares.index(most)
+        slowest = f" ({most:.1%} on rank {worst}, {hosts[worst]})" if len(shares) > 1 and most >= SHOWN_WAIT else ""
         values |= {
             "lr": rate,
             "step_seconds": elapsed / self._count,
-            "data_wait_share": (waited - self._waited) / elapsed,
+            "data_wait_share": sum(shares) / len(shares),
+            "data_wait_share_max": most,
             "clips_per_second": self._batch * self._count / elapsed,
-            "memory_gib": memory_gib(self._ranks.device),
+            "memory_gib": max(memories),
         }
         # The first interval holds the start-up of everything: it would spoil the estimate of the rest.
-        own = values["step_seconds"]
-        self._pace = own if self._pace is None else 0.7 * self._pace + 0.3 * own
-        self._write(step, values)
+        seconds = values["step_seconds"]
+        self._pace = seconds if self._pace is None else 0.7 * self._pace + 0.3 * seconds
+        self._write(step, values, slowest)
         self._sums, self._count, self._finite, self._waited, self._since = {}, 0, 0, waited, time.perf_counter()
         return values
 
-    def _write(self, step: int, values: Mapping[str, float]) -> None:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside is no part of the steps."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
+
+    def _write(self, step: int, values: Mapping[str, float], slowest: str) -> None:
         shown = {n: v for n, v in values.items() if n.startswith(("loss/", "domain/", "train/"))}
         losses = " ".join(f"{name.removeprefix('loss/')} {value:.4f}" for name, value in shown.items())
         assert self._pace is not None
         line = (
             f"step {step}/{self._total} ({step / self._total:.0%})  {losses}  lr {values['lr']:.2e}  "
-            f"{values['step_seconds']:.3f} s/step  wait {values['data_wait_share']:.1%}  "
+            f"{values['step_seconds']:.3f} s/step  wait {values['data_wait_share']:.1%}{slowest}  "
             f"{values['clips_per_second']:.1f} clips/s  {values['memory_gib']:.2f} GiB  "
             f"ETA {duration((self._total - step) * self._pace)}"
         )

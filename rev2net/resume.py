@@ -1,14 +1,30 @@
-"""What a training may not change when it goes on from a checkpoint of its output folder."""
+"""An output folder has one training at a time; what that may not change when it goes on from a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from dataloaders.errors import UserError
+from dataloaders.locks import lock
 from dataloaders.shards import DataSet
 from rev2net.checkpoint import RunState
-from rev2net.config import PLACES, Config, config_from_tree
+from rev2net.config import PLACES, WITHOUT_EFFECT, Config, config_from_tree
+from rev2net.distributed import Ranks
+
+log = logging.getLogger("rev2net")
+
+PATIENCE_SECONDS = 120.0
+"""For another training to leave the folder: a file server notices late that a machine has died."""
+
+_SIGHT_SECONDS = 65.0
+"""For the folder to be seen: a machine may remember for a minute that a file server did not have it."""
+
+_AGAIN_SECONDS = 0.5
 
 _FIXED = (
     "data.holdout",  # it would be tested on clips that it knows, as with the next one
@@ -18,6 +34,73 @@ _FIXED = (
     "optim.name",  # whose state the checkpoint holds
 )
 _LEARNED = ("data.", "augment.", "model.", "loss.", "target.", "optim.", "train.micro_batch")
+
+
+def hold(output: Path, ranks: Ranks, stack: ExitStack) -> None:
+    """Make the output folder, and hold it until the stack is closed, or the process ends. A collective.
+
+    Raises:
+        UserError: another training does, or not all machines see the folder.
+    """
+    wrong = ranks.broadcast(_hold(output, stack) if ranks.first else None)
+    if wrong is None:
+        seen = ranks.gather((socket.gethostname(), _within(_SIGHT_SECONDS, output.is_dir)))
+        blind = sorted({host for host, sees in seen if not sees})
+        if blind:
+            wrong = (
+                f"output={output} was made by {seen[0][0]}, and {', '.join(blind)} does not see it: choose a folder "
+            )
+            wrong += "on storage that all machines share"
+    if wrong is not None:
+        raise UserError(wrong)
+
+
+def _hold(output: Path, stack: ExitStack) -> str | None:
+    """What is wrong, if anything."""
+    output.mkdir(parents=True, exist_ok=True)
+    stack.callback(_tidy, output)
+
+    def free() -> bool:
+        return stack.enter_context(lock(output / "train", wait=False))
+
+    try:
+        if free():
+            return None
+        log.warning("another training is at work in %s, waiting %.0f s for its end", output, PATIENCE_SECONDS)
+        if _within(PATIENCE_SECONDS, free):
+            return None
+    except OSError as error:  # a file system without locks
+        log.warning("nothing keeps other trainings out of output=%s: %s", output, error.strerror)
+        return None
+    return f"another training is at work in output={output}: choose another output=, or end that one"
+
+
+def _tidy(output: Path) -> None:
+    """A training that came to nothing leaves no folder."""
+    if [file.name for file in output.iterdir()] == ["train.lock"]:
+        with suppress(OSError):  # another one begins
+            (output / "train.lock").unlink()
+            output.rmdir()
+
+
+def _within(seconds: float, ready: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_AGAIN_SECONDS)
+    return True
+
+
+def changes(state: RunState, config: Config) -> Iterator[str]:
+    """What is to be told of the settings that differ from those of the checkpoint that a training goes on from."""
+    was, now = config_from_tree(state.config).flat(), config.flat()
+    changed = [key for key in now if was.get(key) != now[key] and not key.startswith((*WITHOUT_EFFECT, *PLACES))]
+    if changed:
+        told = ", ".join(f"{key}={now[key]} (it was {was.get(key)})" for key in changed)
+        yield f"settings have changed since that checkpoint, and count from here on: {told}"
+    if config.init_from is not None and was["init_from"] != now["init_from"]:
+        yield f"init_from={config.init_from} is not used: the training has begun, choose another output= for a new one"
 
 
 def refuse_another_run(

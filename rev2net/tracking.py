@@ -185,8 +185,9 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the run: FINISHED, KILLED after `interrupt`, FAILED where an exception passes."""
-        self._put({"status": self._ending if kind is None else "FAILED"})
+        """Close the run: FINISHED, KILLED after `interrupt` and at Ctrl-C, FAILED where another exception passes."""
+        passed = "KILLED" if kind is KeyboardInterrupt else "FAILED"
+        self._put({"status": self._ending if kind is None else passed})
         self.close()
 
     def fail(self) -> None:

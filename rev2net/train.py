@@ -34,7 +34,7 @@ from rev2net.models.imagenet import load_weights
 from rev2net.optim import Schedule, build_schedule, fading, growing
 from rev2net.outbox import run_of
 from rev2net.progress import Profile, StepLog
-from rev2net.resume import refuse_another_run
+from rev2net.resume import changes, hold, refuse_another_run
 from rev2net.tracking import Tracker
 
 log = logging.getLogger("rev2net")
@@ -84,9 +84,9 @@ def train(config: Config, *, stop_requested: Callable[[], bool] = lambda: False)
         first = read_ranks().first
         Tracker(config, active=first, resumed=done.step, complete=True, run_id=done.run_id).close()
         return done
-    run = TrainingRun(config, stop_requested)
     with ExitStack() as stack:
-        stack.callback(run.close_log)
+        run = TrainingRun(config, stop_requested, stack.enter_context(ExitStack()))
+        stack.callback(run.leave)
         stack.callback(run.engine.close)
         stack.enter_context(run.tracker)
         for loader in run.loaders:
@@ -122,7 +122,9 @@ class EvaluationStoppedError(Exception):
 class TrainingRun:
     """Everything that the loop drives: data, engine, schedule, log, tracker, and the step it stands at."""
 
-    def __init__(self, config: Config, stop_requested: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, config: Config, stop_requested: Callable[[], bool] = lambda: False, held: ExitStack | None = None
+    ) -> None:
         self.config = asked = config
         self._stop_requested = stop_requested
         self.ranks: Ranks = read_ranks()
@@ -139,6 +141,8 @@ class TrainingRun:
         self.schedule: Schedule = build_schedule(config, total=self.total, epoch_samples=samples)
         self.folder = Path(config.output) / "checkpoints"
         join(self.ranks, config.train.threads)
+        self._held = held or ExitStack()
+        hold(Path(config.output), self.ranks, self._held)
         self.config = config = settle_precision(config, self.ranks)
         self._writer = checkpoint.CheckpointWriter(self.folder)
         resumed = self.ranks.broadcast(checkpoint.recover(self.folder) if self.ranks.first else None)
@@ -180,6 +184,8 @@ class TrainingRun:
         self.profile = Profile(config.profile.steps if self.ranks.first else None, Path(config.output))
         self.log_file = _open_folder(asked) if self.ranks.first else logging.NullHandler()
         self._announce(resumed)
+        for warning in changes(state, config) if state is not None and self.ranks.first else ():
+            log.warning(warning)
 
     def _start_engine(self, resumed: Path | None) -> tuple[Engine, checkpoint.RunState | None]:
         torch.manual_seed(hash64(self.config.train.seed) % 2**63)  # starting weights, the same on every rank
@@ -418,7 +424,10 @@ class TrainingRun:
         if not 0 < self.step < self.total or not self.due(self.config.train.eval_every):
             return True
         path = checkpoint.folder_of(self.folder, self.step)
-        return self.ranks.broadcast(checkpoint.read_evaluation(path) is not None) or self._evaluated() is not None
+        if self.ranks.broadcast(checkpoint.read_evaluation(path) is not None):
+            return True
+        with self.log.paused():
+            return self._evaluated() is not None
 
     def _evaluated(self) -> dict[str, float] | None:
         try:
@@ -507,10 +516,11 @@ class TrainingRun:
             figure = pictures.decoders(network, batch, f"step {self.step}: {batch.keys[0]}")
             self.tracker.figure(figure, "decoders.png")
 
-    def close_log(self) -> None:
-        """Write no more to the run's log: another training of this process has one of its own."""
+    def leave(self) -> None:
+        """Write no more to the run's log, and leave its folder to others."""
         logging.getLogger().removeHandler(self.log_file)
         self.log_file.close()
+        self._held.close()
 
     def finish(self, stopped: bool) -> TrainResult:
         """Evaluate if the run is complete, and write `result.json`."""
@@ -575,9 +585,8 @@ def _finished(config: Config) -> TrainResult | None:
 
 
 def _open_folder(config: Config) -> logging.Handler:
-    """Make the output folder: the resolved configuration, and a log that goes on over resumes; its handler."""
+    """Write the resolved configuration to the output folder, and a log that goes on over resumes; its handler."""
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     (output / "result.json").unlink(missing_ok=True)
     (output / "config.yaml").write_text(config.yaml())
     handler = logging.FileHandler(output / "train.log")

@@ -214,6 +214,20 @@ def test_p12_another_configuration_in_the_folder_is_refused(tmp_path: Path) -> N
         prepare(read_folder(source), source, NO_FLOW)
 
 
+def test_classes_that_a_split_lacks_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels that count from 1, and a class whose one video for testing is none."""
+    source = make_source(tmp_path / "in")
+    videos = sorted(str(file.relative_to(source)) for file in source.rglob("*.mp4"))
+    (source / "bad.mp4").write_text("no video")
+    (tmp_path / "train.txt").write_text(f"{videos[0]} 1\n{videos[1]} 2\n")
+    (tmp_path / "val.txt").write_text(f"{videos[2]} 1\nbad.mp4 2\n")
+    words = ["--val", tmp_path / "val.txt", "--root", source, "--max-bad", 0.5]
+    settings = ["--short-side", 64, "--no-flow", "--workers", 1]
+    assert command("list", tmp_path / "train.txt", tmp_path / "out", *words, *settings) == 0
+    said = capsys.readouterr().err
+    assert "1 class has no clip in the split train: 0\n2 classes have no clip in the split val: 0, 2\n" in said
+
+
 def test_p8_a_bad_file_is_quarantined_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make_source(tmp_path / "in")
     (source / "run" / "bad.mp4").write_text("no video")

@@ -431,6 +431,16 @@ def test_p12_a_full_disk_of_the_cache_is_named_and_leaves_nothing_half(local: Da
     assert not kept(disk) and not list(disk.rglob("*.part"))
 
 
+def test_the_cache_may_be_named_by_a_variable_of_the_machine(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OF_THE_JOB", str(tmp_path / "scratch"))
+    DataSet.open(server.url, cache="$OF_THE_JOB/shards")
+    assert (tmp_path / "scratch" / "shards").is_dir()
+    with pytest.raises(UserError, match=r"loader\.cache=\$NOT_SET/x names a variable that is not set on"):
+        DataSet.open(server.url, cache="$NOT_SET/x")
+
+
 @pytest.mark.parametrize(
     "name", ["../../x.tar", "/etc/x.tar", "sub/x.tar", "..", "x\\y.tar", ".tar", "x.tar\n", "x.idx"]
 )

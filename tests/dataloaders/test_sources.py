@@ -99,6 +99,23 @@ def test_train_keeps_a_clip_of_every_class(fraction: float, val: dict[int, int])
     assert Counter(clip.label for clip in parts if clip.split == "val") == val
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.csv", 'my b.mp4,high jump\n"a, b.mp4", run\n'),
+        ("train.txt", "my b.mp4\thigh jump\na, b.mp4 run\n"),
+    ],
+)
+def test_paths_and_classes_of_a_list_may_have_spaces_and_commas(name: str, text: str, tmp_path: Path) -> None:
+    make_files(tmp_path, "my b.mp4", "a, b.mp4")
+    (tmp_path / name).write_text(text)
+    clips = read_lists([("train", tmp_path / name)], tmp_path).clips
+    assert sorted((clip.relative, clip.class_name) for clip in clips) == [
+        ("a, b.mp4", "run"),
+        ("my b.mp4", "high jump"),
+    ]
+
+
 def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "1.mp4").touch()
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf1.mp4 a\n")

@@ -127,6 +127,7 @@ def main() -> None:
         assert saved is not None
         kept = checkpoint.read_tensors(saved, "weights") | checkpoint.read_tensors(saved, "optimizer")
         whole = all(kept[name].equal(before[name]) for name in kept)
+        run.leave()
         resumed = TrainingRun(run.config)
         updates = {float(s["step"]) for s in resumed.engine.torch_optimizer.state.values()}
         run.loaders[0].close()

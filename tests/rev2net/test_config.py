@@ -233,6 +233,8 @@ def test_a_file_lies_over_its_bases(tmp_path: Path) -> None:
     assert refusal(top) == f"{top} has base: 5; give a file beside it, a list of them, or no `base`"
     top.write_bytes(b"output: \xff\n")
     assert "is not valid YAML" in refusal(top)
+    top.write_text("train:\n  seed: 1\ntrain:\n  duration: 7steps\n")
+    assert re.search(r"is not valid YAML: 'train' stands twice .*line 3", refusal(top))
     top.write_text("base: [nowhere.yaml]\n")
     assert refusal(top).startswith(f"there is no file {tmp_path / 'nowhere.yaml'}, the base of {top}: give")
 

@@ -185,7 +185,7 @@ def test_a_step_sees_the_source_with_its_labels_and_behind_it_the_target(
     for loader in run.loaders:
         loader.close()
     run.engine.close()
-    run.close_log()
+    run.leave()
     sources = [DataSet.open(path) for path in (tiny_data, other_data)]
     loaders = [train_loader(d, run.config, run.ranks, 0, of_target=d is sources[1]) for d in sources]
     assert len(seen) == len({generator.initial_seed() for *_, generator in seen}) == 4
@@ -224,7 +224,7 @@ def test_p6_the_schedules_of_the_configuration_reach_every_step(tiny_data: Path,
         for loader in run.loaders:
             loader.close()
         run.engine.close()
-        run.close_log()
+        run.leave()
     assert seen == [(b, i, reversal_factor(n, 4)) for n, (b, i) in enumerate([(0, 1), (1, 1), (1, 1), (0.5, 0.5)])]
     expected = [(0.1, 0.1), (0.2, 0.1), (0.6, 0.2), (0.6, 0.2)]
     assert groups == [{(rate * f, d) for f in (1, 4) for d in (0, decay)} for rate, decay in expected]

@@ -360,6 +360,25 @@ def test_the_log_measures_pace_and_waiting_of_its_own_interval(
     assert second is not None
     assert second["step_seconds"] == 0.5 and second["clips_per_second"] == 16.0
     assert second["data_wait_share"] == pytest.approx(0.1)
+    log.add(5, {}, 0.1, waited=2.1)
+    with log.paused():  # as for an evaluation
+        now = 3705.0
+    now = 3706.0
+    third = log.add(6, {}, 0.1, waited=2.1)
+    assert third is not None and third["step_seconds"] == 0.5
+
+
+def test_the_rank_that_waits_for_data_the_longest_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three ranks, of which the others' values are made up."""
+    caplog.set_level(logging.INFO, "rev2net")
+    ranks = replace(ALONE, world_size=3)
+    monkeypatch.setattr(Ranks, "gather", lambda _, own: [(0.0, 1.5, "n1"), (0.5, 2.5, "n7"), (0.1, 1.0, "n1")])
+    values = StepLog(total=1, first=0, batch=8, every=2, ranks=ranks).add(1, {}, 0.1, waited=0.0)
+    assert values is not None and values["data_wait_share"] == pytest.approx(0.2)
+    assert (values["data_wait_share_max"], values["memory_gib"]) == (0.5, 2.5)
+    assert "wait 20.0% (50.0% on rank 1, n7)  " in caplog.text
 
 
 def test_durations_for_people() -> None:

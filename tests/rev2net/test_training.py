@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -15,7 +18,7 @@ import torch
 import yaml
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
-from tiny import BIN, TINY, Trained, run, spoil
+from tiny import BIN, ROOT, TINY, Trained, environment, run, spoil, wait
 
 from dataloaders.errors import UserError
 from rev2net import checkpoint
@@ -335,6 +338,30 @@ def test_init_from_replaces_the_head_only(trained: Trained, tiny_data: Path, tmp
         network = build_network(without_imagenet(config), 8)
         start_from(network, start, known)
         assert torch.equal(network.state_dict()[max(head)], source[max(head)]) == taken_over
+
+
+def test_p7_ctrl_c_saves_and_the_same_command_goes_on(tiny_data: Path, tmp_path: Path) -> None:
+    """Meanwhile the folder is refused to another training; what changes before it goes on is told."""
+    words = [*TINY, f"data.path={tiny_data}", f"output={tmp_path}/run", "model.name=i3d", "loss.ddp=none"]
+    words += ["train.duration=5000steps", "train.checkpoint_every=5000steps", "train.log_every=1"]
+    command = [sys.executable, "-m", "rev2net", "train", "configs/demo.yaml", *words]
+    log = tmp_path / "run" / "train.log"
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        wait("two steps", lambda: log.exists() and "step 2/" in log.read_text())
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="another training is at work in"):
+            patch.setattr("rev2net.resume.PATIENCE_SECONDS", 0.5)
+            train(load_config("configs/demo.yaml", words))
+        process.send_signal(signal.SIGINT)
+        assert "saving after the step in hand" in process.communicate(timeout=200)[1]
+    assert process.returncode == 130
+    (saved,) = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
+    step = checkpoint.read_state(saved).step
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("rev2net").experiment_id])
+    assert found.info.status == "KILLED"
+    stopped = train(load_config("configs/demo.yaml", [*words, "optim.lr=0.007"]), stop_requested=lambda: True)
+    assert (stopped.step, stopped.run_id) == (step + 1, found.info.run_id)
+    assert "settings have changed since that checkpoint, and count from here on: optim.lr=0.007" in log.read_text()
 
 
 def test_p7_a_stop_does_not_wait_for_an_evaluation(

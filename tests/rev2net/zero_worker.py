@@ -84,6 +84,7 @@ def main() -> None:
         after = losses(unbroken, LAST)
         held = unbroken.ranks.gather(unbroken.engine.optimizer_bytes)
         unbroken.loaders[0].close()
+        unbroken.leave()
         resumed = begin(config)
         assert resumed.step == FIRST
         restored = snapshot.gather_weights(resumed.engine)
@@ -91,6 +92,7 @@ def main() -> None:
         assert resumed.engine.loss_scale == scale
         again = losses(resumed, LAST)
         resumed.loaders[0].close()
+        resumed.leave()
         results[case] = {"before": before, "after": after, "again": again, "held": held}
     if unbroken.ranks.first:
         Path(output, "cases.json").write_text(json.dumps(results))
