@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -58,10 +59,14 @@ def hold(output: Path, ranks: Ranks, stack: ExitStack) -> None:
 def _hold(output: Path, stack: ExitStack) -> str | None:
     """What is wrong, if anything."""
     output.mkdir(parents=True, exist_ok=True)
-    stack.callback(_tidy, output)
 
     def free() -> bool:
-        return stack.enter_context(lock(output / "train", wait=False))
+        with ExitStack() as attempt:
+            if not attempt.enter_context(lock(output / "train", wait=False)):
+                return False
+            stack.callback(_tidy, output)
+            stack.push(attempt.pop_all())
+        return True
 
     try:
         if free():
@@ -72,7 +77,13 @@ def _hold(output: Path, stack: ExitStack) -> str | None:
     except OSError as error:  # a file system without locks
         log.warning("nothing keeps other trainings out of output=%s: %s", output, error.strerror)
         return None
-    return f"another training is at work in output={output}: choose another output=, or end that one"
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
+        log.warning("nobody leaves %s, which a start of this job has held: its machine has died, going on", output)
+        return None
+    return (
+        f"another training is at work in output={output}: choose another output=, or end that one (if there is none, "
+        f"its machine died with a lock on a file server: delete {output / 'train.lock'})"
+    )
 
 
 def _tidy(output: Path) -> None:

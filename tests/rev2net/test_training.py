@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from rev2net.distributed import Ranks, computes_in_bf16
 from rev2net.losses import TERMS
 from rev2net.models import I3D
 from rev2net.models.build import build_network
+from rev2net.resume import hold
 from rev2net.train import ASK_EVERY, start_from, train, without_imagenet
 
 
@@ -362,6 +364,29 @@ def test_p7_ctrl_c_saves_and_the_same_command_goes_on(tiny_data: Path, tmp_path:
     stopped = train(load_config("configs/demo.yaml", [*words, "optim.lr=0.007"]), stop_requested=lambda: True)
     assert (stopped.step, stopped.run_id) == (step + 1, found.info.run_id)
     assert "settings have changed since that checkpoint, and count from here on: optim.lr=0.007" in log.read_text()
+
+
+def test_an_output_folder_is_held_by_one_training_unless_its_machine_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    monkeypatch.setattr("rev2net.resume.PATIENCE_SECONDS", 0.1)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    output = tmp_path / "runs" / "mine"
+    with ExitStack() as first:
+        hold(output, alone, first)
+        with ExitStack() as second, pytest.raises(UserError, match=rf"at work in output={output}: .*/train\.lock\)$"):
+            hold(output, alone, second)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        with ExitStack() as requeued:
+            hold(output, alone, requeued)
+            assert "which a start of this job has held: its machine has died, going on" in caplog.text
+            (output / "config.yaml").touch()
+    assert output.is_dir()
+    (output / "config.yaml").unlink()
+    with ExitStack() as again:
+        hold(output, alone, again)
+    assert not output.exists()  # a training that came to nothing
 
 
 def test_p7_a_stop_does_not_wait_for_an_evaluation(
