@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,9 +58,18 @@ def is_url(location: str | Path) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(location)) is not None
 
 
-def default_cache() -> Path:
-    """The folder for cached shards in the user's cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rev2net"
+def cache_folder(cache: str | Path | None) -> Path:
+    """The folder that `cache` names on this machine, or the one for shards in the user's cache directory.
+
+    Raises:
+        UserError: it names a variable that is not set. (A machine's own folders are often known by those only.)
+    """
+    if cache is None:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rev2net"
+    place = os.path.expandvars(cache)
+    if "$" in place:
+        raise UserError(f"loader.cache={cache} names a variable that is not set on {socket.gethostname()}: set it")
+    return Path(place).expanduser()
 
 
 def read_url(url: str) -> bytes:

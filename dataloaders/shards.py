@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import re
-import socket
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +25,7 @@ from typing import Any
 from webdataset.writer import TarWriter
 
 from dataloaders.errors import DecodeError, ReadError, UserError
-from dataloaders.remote import CACHE_GB, ShardCache, default_cache, is_url, read_url
+from dataloaders.remote import CACHE_GB, ShardCache, cache_folder, is_url, read_url
 
 FORMAT = 1
 MANIFEST = "dataset.json"
@@ -207,8 +206,7 @@ class DataSet:
         data = read_url(f"{url}/{MANIFEST}")
         manifest = _parse_manifest(data, f"{url}/{MANIFEST}")
         fingerprint = hashlib.sha256(data).hexdigest()
-        place = default_cache() if cache is None else _place(cache)
-        kept = ShardCache(url, folder=place, limit=round(cache_gb * 1e9), fingerprint=fingerprint)
+        kept = ShardCache(url, folder=cache_folder(cache), limit=round(cache_gb * 1e9), fingerprint=fingerprint)
         return cls(url, kept.folder, manifest, fingerprint, kept)
 
     @property
@@ -350,14 +348,6 @@ def _shard_info(shard: Mapping[str, Any], location: str, folder: Path, cache: Sh
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write `dataset.json` aside and rename it into place."""
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-
-
-def _place(cache: str | Path) -> Path:
-    """With what this machine's environment says: folders of its own are known by variables only."""
-    place = os.path.expandvars(cache)
-    if "$" in place:
-        raise UserError(f"loader.cache={cache} names a variable that is not set on {socket.gethostname()}: set it")
-    return Path(place).expanduser()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -49,9 +49,9 @@ def hold(output: Path, ranks: Ranks, stack: ExitStack) -> None:
         blind = sorted({host for host, sees in seen if not sees})
         if blind:
             wrong = (
-                f"output={output} was made by {seen[0][0]}, and {', '.join(blind)} does not see it: choose a folder "
+                f"output={output} was made by {seen[0][0]}, and {', '.join(blind)} does not see it: choose a folder on "
+                "storage that all machines share"
             )
-            wrong += "on storage that all machines share"
     if wrong is not None:
         raise UserError(wrong)
 
@@ -88,8 +88,8 @@ def _hold(output: Path, stack: ExitStack) -> str | None:
 
 def _tidy(output: Path) -> None:
     """A training that came to nothing leaves no folder."""
-    if [file.name for file in output.iterdir()] == ["train.lock"]:
-        with suppress(OSError):  # another one begins
+    with suppress(OSError):  # another one begins, or somebody has removed it
+        if [file.name for file in output.iterdir()] == ["train.lock"]:
             (output / "train.lock").unlink()
             output.rmdir()
 

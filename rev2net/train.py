@@ -183,9 +183,7 @@ class TrainingRun:
         )
         self.profile = Profile(config.profile.steps if self.ranks.first else None, Path(config.output))
         self.log_file = _open_folder(asked) if self.ranks.first else logging.NullHandler()
-        self._announce(resumed)
-        for warning in changes(state, config) if state is not None and self.ranks.first else ():
-            log.warning(warning)
+        self._announce(resumed, state)
 
     def _start_engine(self, resumed: Path | None) -> tuple[Engine, checkpoint.RunState | None]:
         torch.manual_seed(hash64(self.config.train.seed) % 2**63)  # starting weights, the same on every rank
@@ -225,7 +223,7 @@ class TrainingRun:
             facts["init_from.run"] = str(run_of(weights, checkpoint.read_state(weights).run_id))
         return facts
 
-    def _announce(self, resumed: Path | None) -> None:
+    def _announce(self, resumed: Path | None, state: checkpoint.RunState | None) -> None:
         log.info(
             "%s with %s on %s: %d clips, %d classes, %d steps of %d clips in %s on %d %s rank(s), "
             "encoder of %.1f M parameters",
@@ -244,10 +242,11 @@ class TrainingRun:
         if self.target is not None and self.config.target.trained_on:
             clips = self.target.num_samples(self.config.target.train_split)
             log.info("adapting to %s: %d clips without labels", self.target.location, clips)
-        for warning in self._warnings() if self.ranks.first else ():  # other ranks' warnings are shown too
-            log.warning(warning)
         if resumed is not None:
             log.info("going on from %s at step %d", resumed, self.step)
+        changed = () if state is None else changes(state, self.config)
+        for warning in (*self._warnings(), *changed) if self.ranks.first else ():  # other ranks' are shown too
+            log.warning(warning)
 
     def _warnings(self) -> Iterator[str]:
         config = self.config
