@@ -61,6 +61,8 @@ def test_a_process_alone_meets_nobody_where_its_shell_says() -> None:
 
 
 def test_ranks_that_do_not_know_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # of a training in this process
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")  # of srun
     with pytest.raises(UserError, match=r"^8 tasks were started that know nothing of each other: start the ranks with"):
         read_ranks()
