@@ -14,8 +14,9 @@ owner cancelled stays cancelled.
 Slurm signals every process of a job step, not ranks only: child processes that training starts must ignore SIGUSR2.
 
 Run so far: with submitit's local executor, and on a real Slurm (22.05) with two nodes and one rank on each: the time
-limit, a node that goes down, preemption by a higher partition, requeues from inside and outside of a container (a
-stand-in without scontrol), the same weights in the end. Not yet: several ranks a node, GPUs, a real container.
+limit, a node that goes down, a rank that dies, preemption by a higher partition, requeues from inside and outside of a
+container (a stand-in without scontrol), the same weights in the end. Not yet: several ranks a node, GPUs, a real
+container.
 """
 
 from __future__ import annotations

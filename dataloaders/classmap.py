@@ -11,6 +11,7 @@ import yaml
 
 from dataloaders.errors import UserError
 from dataloaders.sources import SourceClip, SourceListing
+from dataloaders.yaml_file import parse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,7 @@ def read_class_map(file: Path) -> ClassMap:
     if not file.is_file():
         raise UserError(f"class map {file} does not exist; give {form}")
     try:
-        tree: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree: Any = parse(file.read_text(encoding="utf-8"))
         pairs = [(str(entry["name"]), [str(name) for name in entry["from"]]) for entry in tree["classes"]]
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
         raise UserError(f"class map {file} cannot be read; give {form}") from None

@@ -15,13 +15,17 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As PyYAML's."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", key_node.start_mark)
-            seen.add(key if isinstance(key, str) else id(key_node))
+        names: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:str" and key.value in names:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            names.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+
+def parse(text: str) -> Any:
+    """The tree of a YAML text; yaml.YAMLError where it is none, or a key of a mapping stands twice."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a safe one
 
 
 def read_mapping(path: Path, wanted: str) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def read_mapping(path: Path, wanted: str) -> dict[str, Any]:
         UserError: the file is no YAML, or holds no mapping.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}  # noqa: S506 - a safe one
+        tree = parse(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

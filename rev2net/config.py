@@ -33,10 +33,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, in which ~ is the user's home: the shell puts it in at some places only. URLs stay as they are."""
+
+
 class DataConfig(Section):
     """What to train and evaluate on."""
 
-    path: str = Field(description="folder made by `rev2net prepare`, or its URL (s3://, gs://, http://, ...)")
+    path: Place = Field(description="folder made by `rev2net prepare`, or its URL (s3://, gs://, http://, ...)")
     split: int = Field(1, gt=0, description="official split; takes the place of {split} in data.path and output")
     train_split: str = Field("train", description="split to learn from")
     val_split: str = Field("val", description="split to evaluate on")
@@ -112,7 +116,7 @@ class ModelConfig(Section):
         "both", description="decoders that read the low-level volume, Conv3d_2c, beside their latents"
     )
     latent_noise: bool = Field(True, description="draw the latents in training; false = decode their means")
-    imagenet: str | None = Field(
+    imagenet: Place | None = Field(
         None, description="torchvision's ImageNet weights: a file, or auto = the one in torch.hub's cache"
     )
     activation_checkpointing: bool = Field(False, description="compute blocks twice rather than keep activations")
@@ -123,7 +127,7 @@ class ModelConfig(Section):
 class TargetConfig(Section):
     """A data set of another domain with the same classes: tested on, and adapted to without its labels (DANN)."""
 
-    path: str | None = Field(None, description="folder or URL, as data.path; null = no other domain")
+    path: Place | None = Field(None, description="folder or URL, as data.path; null = no other domain")
     train_split: str = Field("train", description="its unlabelled clips")
     val_split: str = Field("val", description="its split to test on")
     adapt: bool = Field(True, description="domain-adversarial training; false = train on data.path alone, and test")
@@ -279,7 +283,7 @@ _OURS_FOR_DEEPSPEED = (
 class Config(Section):
     """A whole experiment."""
 
-    output: Annotated[str, AfterValidator(lambda path: path.rstrip("/") or path)] = Field(
+    output: Annotated[Place, AfterValidator(lambda path: path.rstrip("/") or path)] = Field(
         description="folder of the run: log, checkpoints, configuration"
     )
     data: DataConfig
@@ -293,7 +297,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     profile: ProfileConfig = ProfileConfig()
     tracking: TrackingConfig = TrackingConfig()
-    init_from: str | None = Field(
+    init_from: Place | None = Field(
         None, description="start from these weights, with a replaced head where classes differ"
     )
 
@@ -460,13 +464,6 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     tree = _read(Path(path))
     for override in overrides:
         _apply(tree, override)
-    for place in PLACES:
-        *sections, name = place.split(".")
-        section: Any = tree
-        for each in sections:
-            section = section.get(each) if isinstance(section, dict) else None
-        if isinstance(section, dict) and str(section.get(name, "")).startswith("~"):
-            section[name] = os.path.expanduser(section[name])  # the shell does so in some places only
     return config_from_tree(tree)
 
 

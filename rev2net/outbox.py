@@ -8,6 +8,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,14 @@ class Outbox:
         self._from_aside = not self._pending
         if self._from_aside:
             return [self.rows[self._aside[0]]]
-        rows: list[Row] = []
         with self._lock:
-            for row in self._pending:
-                values -= len(row.get("values", ()))
-                if rows and (values < 0 or "values" not in row):
+            rows = [self._pending[0]]
+            room = values - len(rows[0]["values"]) if "values" in rows[0] else 0
+            for row in islice(self._pending, 1, None) if room > 0 else ():
+                room -= len(row.get("values", ()))
+                if room < 0 or "values" not in row:
                     break
                 rows.append(row)
-                if "values" not in row:
-                    break
         return rows
 
     def arrived(self, count: int) -> None:

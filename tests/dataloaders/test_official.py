@@ -219,6 +219,7 @@ def test_p12_a_split_that_is_missing_altogether_is_refused_however_small_it_is(t
             "map's 'b' comes from q, r, but the source has no such",
         ),
         (["folder", "videos", "out", "--class-map", "both.yaml"], "puts 'x' under 'a' and 'b'"),
+        (["folder", "videos", "out", "--class-map", "two.yaml"], "class map two.yaml cannot be read"),
     ],
 )
 def test_p12_wrong_sources_are_refused_in_one_sentence(
@@ -237,6 +238,7 @@ def test_p12_wrong_sources_are_refused_in_one_sentence(
     Path("good.csv").write_text(columns + "x,a,1,2,train\n")
     Path("other.yaml").write_text("classes: [{name: a, from: [x]}, {name: b, from: [q, r]}]")
     Path("both.yaml").write_text("classes: [{name: a, from: [x]}, {name: b, from: [x]}]")
+    Path("two.yaml").write_text("classes: [{name: x, from: [x]}]\nclasses: [{name: y, from: [y]}]")
     assert words in refused("prepare", *arguments)
     assert not Path("out").exists()
 
