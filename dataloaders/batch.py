@@ -70,6 +70,7 @@ class ClipBatch:
         sample: int64 [N], index in the unshuffled data set.
         view: int64 [N], the test view, 0 in training.
         keys: the samples' keys.
+        sources: the source files' paths, relative to the root that they were prepared from.
     """
 
     video: torch.Tensor | None
@@ -78,6 +79,7 @@ class ClipBatch:
     sample: torch.Tensor
     view: torch.Tensor
     keys: tuple[str, ...]
+    sources: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -121,6 +123,7 @@ def to_batch(raw: RawClips, requests: Sequence[ClipRequest], device: torch.devic
         sample=integers([request.sample for request in requests]),
         view=integers([request.view for request in requests]),
         keys=tuple(request.key for request in requests),
+        sources=tuple(request.info.source for request in requests),
     )
 
 

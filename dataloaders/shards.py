@@ -382,7 +382,7 @@ def check_output(path: Path, suffixes: Sequence[str]) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the file another name")
     if path.suffix not in suffixes:
-        raise UserError(f"{path} is neither {' nor '.join(suffixes)}: give the file one of these endings")
+        raise UserError(f"{path} does not end in {' or '.join(suffixes)}: give the file such a name")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} is no folder: make it, or write the file elsewhere")
 

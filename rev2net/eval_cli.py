@@ -17,13 +17,13 @@ from dataloaders.batch import ClipBatch
 from dataloaders.errors import UserError, first_line
 from dataloaders.loader import EvalLoader
 from dataloaders.progress import Progress
-from dataloaders.shards import DataSet, check_output
+from dataloaders.shards import DataSet, check_output, write_atomically
 from rev2net.distributed import Ranks, join, read_ranks
 
 if TYPE_CHECKING:  # rev2net.config brings torchvision, which takes seconds that a mistyped command should not
     from rev2net.checkpoint import RunState
     from rev2net.config import Config
-    from rev2net.evaluate import Metrics
+    from rev2net.evaluate import Metrics, Scores
     from rev2net.evaluation_log import EvaluationLog
 
 _EVAL = """Accuracy of a checkpoint's test-time network (the encoder alone). Every video counts exactly once.
@@ -32,7 +32,8 @@ examples:
   rev2net eval runs/demo data
   rev2net eval runs/demo/checkpoints/step-00000300 data --views 10x3 --split val
   rev2net eval runs/i3d-rgb data --fuse runs/i3d-flow         two streams: the mean of their softmax scores
-  rev2net eval runs/demo data --backwards --json scores.json
+  rev2net eval runs/demo data --backwards --json metrics.json
+  rev2net eval runs/demo data --scores scores.jsonl           every video's scores, a line of JSON for each
   rev2net eval runs/i3d-rgb data --fuse runs/i3d-flow --log   kept in MLflow, for `rev2net report`
 """
 
@@ -55,7 +56,12 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     _add_protocol(parser)
     parser.add_argument("--backwards", action="store_true", help="play every clip backwards")
     parser.add_argument("--confusion", metavar="FILE.png", help="write the confusion matrix as a picture")
-    parser.add_argument("--json", metavar="FILE", help="write metrics and confusion matrix; - for standard output")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write metrics, each class's too, and confusion matrix; - for standard output"
+    )
+    parser.add_argument(
+        "--scores", metavar="FILE.jsonl", help="write every video's source, label, prediction and scores"
+    )
 
 
 def add_splits_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,9 +153,9 @@ def _check(streams: Sequence[_Stream], data: DataSet, split: str) -> None:
         stream.check(data)
 
 
-def _test(streams: Sequence[_Stream], data: DataSet, split: str, ranks: Ranks, *, backwards: bool = False) -> Metrics:
-    """Accuracy of one stream, or of the mean of two, which `_check` has seen. A collective."""
-    from rev2net.evaluate import fuse, metrics, split_scores
+def _test(streams: Sequence[_Stream], data: DataSet, split: str, ranks: Ranks, *, backwards: bool = False) -> Scores:
+    """Scores of one stream, or the mean of two, which `_check` has seen. A collective."""
+    from rev2net.evaluate import fuse, split_scores
 
     scores = [
         split_scores(
@@ -157,7 +163,7 @@ def _test(streams: Sequence[_Stream], data: DataSet, split: str, ranks: Ranks, *
         )
         for s in streams
     ]
-    return metrics(fuse(*scores) if len(scores) > 1 else scores[0], len(data.classes))
+    return fuse(*scores) if len(scores) > 1 else scores[0]
 
 
 def _shown(loader: EvalLoader) -> Iterator[ClipBatch]:
@@ -184,6 +190,7 @@ def run_eval(args: argparse.Namespace) -> int:
     """`rev2net eval`."""
     from rev2net import pictures
     from rev2net.data import open_at
+    from rev2net.evaluate import metrics, score_lines
 
     if args.log and args.backwards:
         raise UserError("--backwards is no test that is logged: leave it out, or --log")
@@ -191,14 +198,17 @@ def run_eval(args: argparse.Namespace) -> int:
         check_output(Path(args.confusion), (".png", ".pdf", ".svg"))
     if args.json not in (None, "-") and (not Path(args.json).parent.is_dir() or Path(args.json).is_dir()):
         raise UserError(f"--json {args.json} is a folder, or in none: give a file in a folder that is there")
+    if args.scores:
+        check_output(Path(args.scores), (".jsonl",))
     ranks = _ranks()
     streams = [_Stream.load(path, args, ranks) for path in (args.checkpoint, args.fuse) if path is not None]
     data = open_at(args.data, streams[0].config)
     _check(streams, data, args.split)
     kept = _open_log(streams, data, args.split) if args.log else None
-    result = _test(streams, data, args.split, ranks, backwards=args.backwards)
+    scores = _test(streams, data, args.split, ranks, backwards=args.backwards)
     if not ranks.first:
         return 0
+    result = metrics(scores, len(data.classes))
     names = " and ".join(str(stream.checkpoint) for stream in streams)
     where = sys.stderr if args.json == "-" else sys.stdout
     print(f"{names} on {args.data}, split {args.split}, views {args.views}: {result.videos} videos", file=where)
@@ -217,9 +227,12 @@ def run_eval(args: argparse.Namespace) -> int:
             "videos": result.videos,
             "failed": {str(k): v for k, v in result.failed.items()},
             **result.matrix(data.classes),
+            **result.of_classes(),
         }
         text = json.dumps(tree)
         print(text) if args.json == "-" else Path(args.json).write_text(text)
+    if args.scores:
+        write_atomically(Path(args.scores), "".join(f"{line}\n" for line in score_lines(scores, data.classes)).encode())
     if unkept is not None:
         raise RuntimeError(unkept)
     return 0
@@ -237,6 +250,7 @@ def _keep(kept: EvaluationLog, result: Metrics, where: TextIO) -> str | None:
 def run_splits(args: argparse.Namespace) -> int:
     """`rev2net splits`."""
     from rev2net.data import open_at
+    from rev2net.evaluate import metrics
 
     seconds = args.fuse or [None] * len(args.checkpoints)
     if len(seconds) != len(args.checkpoints):
@@ -262,7 +276,7 @@ def run_splits(args: argparse.Namespace) -> int:
     top1: list[float] = []
     unkept: str | None = None
     for path, streams, data, kept in tests.values():
-        result = _test(streams, data, streams[0].config.data.val_split, ranks)
+        result = metrics(_test(streams, data, streams[0].config.data.val_split, ranks), len(data.classes))
         top1.append(result.top1)
         if ranks.first:
             print(f"{path:<40} {data.location:<30} top1 {result.top1:>7.1%} of {result.videos} videos")

@@ -5,9 +5,10 @@ A video that cannot be decoded is not left out: it counts as wrong, and is liste
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,21 +46,26 @@ class Scores:
         sums: sample index -> num_classes sums.
         views: sample index -> number of views seen.
         labels: sample index -> label.
+        sources: sample index -> the source file's path, relative to the root that it was prepared from.
         failed: sample index -> (label, reason) of videos that could not be decoded.
     """
 
     sums: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
     views: dict[int, int] = field(default_factory=dict)
     labels: dict[int, int] = field(default_factory=dict)
+    sources: dict[int, str] = field(default_factory=dict)
     failed: dict[int, tuple[int, str]] = field(default_factory=dict)
 
     def add(self, batch: ClipBatch, probabilities: Tensor) -> None:
         """Add the views of a batch; probabilities are N x num_classes."""
         rows = probabilities.double().cpu().numpy()
-        for sample, label, row in zip(batch.sample.tolist(), batch.label.tolist(), rows, strict=True):
+        for sample, label, source, row in zip(
+            batch.sample.tolist(), batch.label.tolist(), batch.sources, rows, strict=True
+        ):
             self.sums[sample] = self.sums.get(sample, 0.0) + row
             self.views[sample] = self.views.get(sample, 0) + 1
             self.labels[sample] = label
+            self.sources[sample] = source
 
     def fail(self, sample: int, label: int, reason: str) -> None:
         """A video that could not be decoded: what some of its views scored does not count."""
@@ -84,6 +90,7 @@ class Metrics:
         videos: number of videos, failed ones included.
         failed: indices of the failed ones, with key and reason.
         confusion: classes x classes counts, rows are true labels; failed videos are in no column.
+        class_videos: number of videos of each class, failed ones included but those whose label is not known.
     """
 
     top1: float
@@ -93,6 +100,7 @@ class Metrics:
     videos: int
     failed: Mapping[int, str]
     confusion: npt.NDArray[np.int64]
+    class_videos: tuple[int, ...]
 
     def named(self, prefix: str = "") -> dict[str, float]:
         """The three accuracies by name, after `prefix`."""
@@ -101,6 +109,12 @@ class Metrics:
     def matrix(self, classes: Sequence[str]) -> dict[str, Any]:
         """The confusion matrix with its classes' names, for JSON."""
         return {"classes": list(classes), "confusion": self.confusion.tolist()}
+
+    def of_classes(self) -> dict[str, list[float | int | None]]:
+        """Of each class its number of videos and the share of them that is right (None without videos), for JSON."""
+        right = self.confusion.diagonal().tolist()
+        shares = [hits / videos if videos else None for hits, videos in zip(right, self.class_videos, strict=True)]
+        return {"class_videos": list(self.class_videos), "class_top1": shares}
 
 
 def for_testing(network: nn.Module, device: torch.device) -> nn.Module:
@@ -137,6 +151,7 @@ def metrics(scores: Scores, num_classes: int) -> Metrics:
         videos=videos,
         failed={sample: reason for sample, (_, reason) in scores.failed.items()},
         confusion=confusion,
+        class_videos=tuple(map(int, totals)),
     )
 
 
@@ -148,6 +163,7 @@ def merge(parts: Iterable[Scores]) -> Scores:
         whole.sums |= part.sums
         whole.views |= part.views
         whole.labels |= part.labels
+        whole.sources |= part.sources
         whole.failed |= part.failed
     return whole
 
@@ -217,7 +233,23 @@ def fuse(first: Scores, second: Scores) -> Scores:
         fused.sums[sample] = first.sums[sample] / first.views[sample] + second.sums[sample] / second.views[sample]
         fused.views[sample] = 2
         fused.labels[sample] = first.labels[sample]
+        fused.sources[sample] = first.sources[sample]
     return fused
+
+
+def score_lines(scores: Scores, classes: Sequence[str]) -> Iterator[str]:
+    """A JSON object for each video, in the data set's order, to compare, fuse or look through elsewhere.
+
+    With `video` (its index in the split), `source`, `label`, `predicted` and `scores` (of the classes in their order,
+    the mean of the softmax over the views, six digits); one that failed has `video` and `error`.
+    """
+    samples, means, labels = scores.means()
+    lines: dict[int, dict[str, Any]] = {sample: {"error": reason} for sample, (_, reason) in scores.failed.items()}
+    for sample, row, label in zip(samples.tolist(), means, labels, strict=True):
+        told = {"source": scores.sources[sample], "label": classes[label], "predicted": classes[int(row.argmax())]}
+        lines[sample] = told | {"scores": [float(f"{value:.6g}") for value in row]}
+    for sample in sorted(lines):
+        yield json.dumps({"video": sample, **lines[sample]})
 
 
 @torch.no_grad()

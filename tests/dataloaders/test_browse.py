@@ -117,7 +117,7 @@ def test_a_damaged_sample_is_shown_with_its_reason(
     ("arguments", "words"),
     [
         (["nowhere", "sheet.html"], "nowhere"),
-        (["DATA", "sheet.txt"], "sheet.txt is neither .html nor .htm"),
+        (["DATA", "sheet.txt"], "sheet.txt does not end in .html or .htm"),
         (["DATA", "nofolder/sheet.html"], "nofolder is no folder"),
         (["DATA", "sheet.html", "--split", "tset"], "tset"),
         (["DATA", "sheet.html", "--frames", "0"], "--frames is 0"),

@@ -21,7 +21,7 @@ from dataloaders.batch import ClipBatch
 from dataloaders.errors import UserError
 from rev2net import pictures
 from rev2net.distributed import Ranks
-from rev2net.evaluate import Metrics, Scores, decoder_errors, fuse, merge, metrics, score
+from rev2net.evaluate import Metrics, Scores, decoder_errors, fuse, merge, metrics, score, score_lines
 from rev2net.models import I3D, Rev2Net
 from rev2net.progress import Profile, StepLog, duration
 
@@ -40,6 +40,7 @@ def batch(samples: Sequence[int], labels: Sequence[int], size: int = 32, seed: i
         sample=torch.tensor(samples),
         view=torch.zeros(n, dtype=torch.int64),
         keys=tuple(f"clip-{s}" for s in samples),
+        sources=tuple(f"class/{s}.mp4" for s in samples),
     )
 
 
@@ -119,6 +120,9 @@ def test_p8_a_failed_video_counts_as_wrong_and_is_listed() -> None:
     assert result.mean_class == pytest.approx((1 + 1 / 2 + 0) / 3)  # a video of no known class is in no class's mean
     assert result.confusion.sum() == 2
     assert result.failed == {2: "truncated", 7: "no such codec", 8: "damaged json"}
+    told = result.of_classes()
+    assert told["class_videos"] == [1, 2, 0, 1, 0, 0, 0]
+    assert told["class_top1"] == [1.0, 0.5, None, 0.0, None, None, None]
 
 
 def test_p8_a_split_of_failed_videos_alone_has_accuracy_zero() -> None:
@@ -158,6 +162,19 @@ def test_two_streams_count_alike_whatever_their_views_and_a_failure_in_one_is_a_
         found = metrics(fused, CLASSES)
         assert (found.top1, found.videos, list(found.failed)) == (2 / 3, 3, [1])
     assert metrics(rgb, CLASSES).top1 == 1 / 3  # neither stream alone
+
+
+def test_every_video_has_a_line_with_its_source_and_its_mean_scores() -> None:
+    scores = Scores()
+    scores.add(batch([5, 2, 5], [1, 0, 1], 4), torch.tensor([[0.9, 0.1], [1.0, 0.0], [0.2, 0.8]]))
+    scores.add(batch([3], [1], 4), torch.tensor([[0.5, 0.5]]))
+    scores.fail(3, 1, "clip-3: truncated")
+    assert [json.loads(line) for line in score_lines(scores, ("sit", "run"))] == [
+        {"video": 2, "source": "class/2.mp4", "label": "sit", "predicted": "sit", "scores": [1.0, 0.0]},
+        {"video": 3, "error": "clip-3: truncated"},
+        {"video": 5, "source": "class/5.mp4", "label": "run", "predicted": "sit", "scores": [0.55, 0.45]},
+    ]
+    assert not list(score_lines(Scores(), ("sit", "run")))
 
 
 def test_p2_a_video_on_two_ranks_is_a_bug() -> None:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -144,7 +145,7 @@ def test_p2_eval_counts_every_video_once_on_any_number_of_ranks(
     trained: Trained, tiny_data: Path, tmp_path: Path
 ) -> None:
     base = ("eval", str(trained.output), str(tiny_data), "--views", "2x3")
-    assert main([*base, "--json", str(tmp_path / "1.json")]) == 0
+    assert main([*base, "--json", str(tmp_path / "1.json"), "--scores", str(tmp_path / "1.jsonl")]) == 0
     # 8 videos on 3 ranks: the ranks have different numbers of videos.
     run(
         str(BIN / "torchrun"),
@@ -156,10 +157,18 @@ def test_p2_eval_counts_every_video_once_on_any_number_of_ranks(
         *base,
         "--json",
         str(tmp_path / "3.json"),
+        "--scores",
+        str(tmp_path / "3.jsonl"),
     )
     one, three = (json.loads((tmp_path / name).read_text()) for name in ("1.json", "3.json"))
     assert one["videos"] == 8 and sum(map(sum, one["confusion"])) == 8
     assert one == three
+    lines = (tmp_path / "1.jsonl").read_text()
+    assert lines == (tmp_path / "3.jsonl").read_text()
+    videos = [json.loads(line) for line in lines.splitlines()]
+    assert sum(video["label"] == video["predicted"] for video in videos) == round(8 * one["top1"])
+    assert [video["video"] for video in videos] == list(range(8)) and len({video["source"] for video in videos}) == 8
+    assert all(video["predicted"] == one["classes"][int(np.argmax(video["scores"]))] for video in videos)
 
 
 def test_p4_resume_is_bit_equal_and_stays_in_the_same_run(tiny_data: Path, other_data: Path, tmp_path: Path) -> None:
@@ -459,7 +468,8 @@ def test_p12_user_mistakes_are_one_sentence(
     assert "use stage 0, 1 or 2" in refused(*demo, "model.compile=true", "train.zero_stage=3")
     assert "checkpoint" in refused("eval", str(tmp_path), str(tiny_data))
     assert "--batch 0 is not possible" in refused("eval", str(trained.output), str(tiny_data), "--batch", "0")
-    assert "neither .png nor" in refused("eval", str(trained.output), str(tiny_data), "--confusion", "x.foo")
+    assert "x.foo does not end in" in refused("eval", str(trained.output), str(tiny_data), "--confusion", "x.foo")
+    assert "x.csv does not end in .jsonl:" in refused("eval", str(trained.output), str(tiny_data), "--scores", "x.csv")
     for nowhere in (tmp_path / "a/b", tmp_path):
         assert "is a folder, or in none" in refused("eval", str(trained.output), str(tiny_data), "--json", str(nowhere))
     assert "set train.zero_stage" in refused(*demo, "train.deepspeed={zero_optimization: {stage: 2}}")
