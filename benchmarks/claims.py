@@ -390,6 +390,7 @@ def setup(found: Found) -> list[str]:
         "- DANN, which the paper cites, not the matching of mean embeddings that its section 3 speaks of; its weight "
         "is 0.1 (the paper gives none). TSN stands on a ResNet-18.",
         "- Not run: TSM, STM, OFF and ActionFlowNet, two streams within a domain, Tables 3 and 4.",
+        "- No flips, nor runs that vary them: left and right are classes here.",
         "",
     ]
 

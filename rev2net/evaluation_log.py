@@ -13,7 +13,7 @@ from dataloaders.errors import UserError
 from dataloaders.shards import DataSet
 from rev2net.config import Config
 from rev2net.outbox import run_of
-from rev2net.store import TESTS, Run, connect, database
+from rev2net.store import TESTED_STEPS, TESTS, Run, connect, database
 from rev2net.tracking import source_commit, tracking_uri
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class EvaluationLog:
             "data.path": self._data.location,
             "data.val_split": self._split,
             "checkpoints": " ".join(map(str, self._checkpoints)),
+            TESTED_STEPS: " ".join(run.params["train.steps"] for run in self._trainings),
         }
         self._client.log_batch(
             run_id,

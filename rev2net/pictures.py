@@ -45,6 +45,9 @@ Curve = Sequence[tuple[int, float]]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which the colour-blind can tell apart."""
 
+_INFINITE = 1e300
+"""MLflow's databases keep an infinite value as the largest number that they know."""
+
 _POINTS = 200
 """A curve with more is drawn as so many means of equal parts."""
 
@@ -57,7 +60,7 @@ def learning_curves(panels: Mapping[str, Mapping[tuple[str, int], Curve]]) -> Fi
     shown = {}
     for (title, curves), axes in zip(panels.items(), figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         for (seed, split), curve in curves.items():
-            points = _thinned([(step, value) for step, value in curve if np.isfinite(value)])
+            points = _thinned([(step, value) for step, value in curve if abs(value) < _INFINITE])
             (shown[seed, split],) = axes.plot(
                 *np.array(points).reshape(-1, 2).T,
                 color=_COLOURS[seeds.index(seed) % len(_COLOURS)],

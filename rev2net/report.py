@@ -7,6 +7,7 @@ store, beside the tables and configurations themselves.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import yaml
 from dataloaders.errors import UserError
 from dataloaders.official import SPLIT_NUMBERS
 from rev2net.config import PLACES, WITHOUT_EFFECT, Config, load_config
-from rev2net.store import TESTS, Run, Store
+from rev2net.store import TESTED_STEPS, TESTS, Run, Store
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Tables and configurations; they lie beside the package in a checkout."""
@@ -49,6 +50,7 @@ class Result:
         split: the official split, from 1.
         top1: share of the test videos; None where there is none.
         steps: "60 of 60", what was done of what was to be done.
+        views, precision: of the test.
         deviations: what is not as in the cell's configuration.
         why_not: why it does not enter the cell's number; None where it does.
     """
@@ -61,6 +63,7 @@ class Result:
     top1: float | None = None
     steps: str = ""
     views: str = "?"
+    precision: str = "?"
     deviations: tuple[str, ...] = ()
     why_not: str | None = None
 
@@ -168,11 +171,13 @@ class Report:
         tables: the tree of `configs/tables.yaml`.
         cells: by their configurations; each single stream is one, whether or not a table shows it alone.
         left_out: runs that are of no cell.
+        orphans: those of them that test a training of a cell beside one that is not in the store.
     """
 
     tables: Mapping[str, Any]
     cells: Mapping[tuple[str, ...], Cell]
     left_out: int
+    orphans: int = 0
 
 
 def read_report(store: Store, experiments: Sequence[str] = ()) -> Report:
@@ -190,10 +195,17 @@ def read_report(store: Store, experiments: Sequence[str] = ()) -> Report:
     made = {name: Wanted.of(CONFIGS / f"{name}.yaml") for name in sorted(names)}
     made |= {start: Wanted.of(CONFIGS / f"{start}.yaml") for w in made.values() if (start := w.start) is not None}
     runs = store.runs(experiments)
-    trainings = [_training(store, run, made[name]) for run in runs if (name := _cell_of(run)) in made]
-    trainings = _newest(_with_starts(trainings, {name: wanted.start for name, wanted in made.items()}))
+    shown = {run.id for run in runs}
+    # What a training starts from, and what a test tests, may be of any experiment.
+    every = store.runs() if experiments else runs
+    trainings = [_training(store, run, made[name]) for run in every if (name := _cell_of(run)) in made]
+    trainings = _with_starts(trainings, {name: wanted.start for name, wanted in made.items()})
     by_run = {result.run.id: result for result in trainings}
-    tests = [_test(run, parts) for run in runs if (parts := _parts(run, by_run))]
+    trainings = _newest([result for result in trainings if result.run.id in shown])
+    by_run |= {result.run.id: result for result in trainings}
+    known = [(run, _parts(run, by_run)) for run in runs]
+    tests = [_test(run, parts) for run, parts in known if parts and len(parts) == len(_tested(run))]
+    orphans = sum(0 < len(parts) < len(_tested(run)) for run, parts in known)
     found: dict[tuple[str, ...], list[Result]] = defaultdict(list)
     for result in sorted([*trainings, *tests], key=lambda r: (r.run.started, r.run.id)):
         found[result.cell].append(result)
@@ -203,7 +215,7 @@ def read_report(store: Store, experiments: Sequence[str] = ()) -> Report:
         results = found.get(tuple(sorted(cell)), [])
         cells[cell] = Cell(cell, wanted, _choose(results, wanted.config.eval.views))
     used = sum(len(cell.results) for cell in cells.values())
-    return Report(tables=tables, cells=cells, left_out=len(runs) - used)
+    return Report(tables=tables, cells=cells, left_out=len(runs) - used, orphans=orphans)
 
 
 def _cell_of(run: Run) -> str:
@@ -212,12 +224,13 @@ def _cell_of(run: Run) -> str:
 
 def _training(store: Store, run: Run, wanted: Wanted) -> Result:
     params, metric = run.params, wanted.metric
-    seed, split, steps = (whole(params.get(key)) for key in ("train.seed", "data.split", "train.steps"))
+    split, steps = (whole(params.get(key)) for key in ("data.split", "train.steps"))
+    seed = params.get("train.seed", "")
     step, top1 = ([(0, None), *store.history(run, metric)])[-1]
     why_not = None
     if run.status != "FINISHED":
         why_not = f"it is {run.status}"
-    elif seed is None or split is None or steps is None:
+    elif not _is_seed(seed) or split is None or steps is None:
         why_not = "its train.seed, data.split and train.steps are not all numbers"
     elif (held := params.get("data.holdout", "0.0")) not in ("0", "0.0"):
         why_not = f"its accuracy is of training clips that data.holdout={held} kept back"
@@ -231,11 +244,12 @@ def _training(store: Store, run: Run, wanted: Wanted) -> Result:
         run=run,
         trainings=(run,),
         cell=(params["tracking.cell"],),
-        seed="?" if seed is None else str(seed),
+        seed=seed if _is_seed(seed) else "?",
         split=split or 0,
         top1=top1,
         steps=f"{step} of {'?' if steps is None else steps}",
         views=params.get("eval.views", "?"),
+        precision=params.get("train.precision", "?"),
         deviations=_deviations(run, wanted.config),
         why_not=why_not,
     )
@@ -244,6 +258,11 @@ def _training(store: Store, run: Run, wanted: Wanted) -> Result:
 def whole(text: str | None) -> int | None:
     """A parameter that is a number from 0 up; None where it is anything else."""
     return int(text) if text is not None and text.isdecimal() and text.isascii() and len(text) < 10 else None
+
+
+def _is_seed(text: str) -> bool:
+    """Whether it is a number, of any length and sign."""
+    return re.fullmatch("-?[0-9]+", text) is not None
 
 
 def _deviations(run: Run, config: Config) -> tuple[str, ...]:
@@ -256,8 +275,9 @@ def _deviations(run: Run, config: Config) -> tuple[str, ...]:
         now, first = (_comparable(key, params.get(key, own)) for params in (run.params, run.first))
         if now != own:
             found.append(f"{key}={now} ({own})")
-        if first not in (own, now):
-            found.append(f"{key}={first} before a resume ({own})")
+        before = [first, *(_comparable(key, value) for value in run.earlier.get(key, ()))]
+        odd = [value for value in dict.fromkeys(before) if value not in (own, now)]
+        found += [f"{key}={value} before a resume ({own})" for value in odd]
     return (*found, *_other_data(run, config))
 
 
@@ -292,6 +312,8 @@ def _with_starts(trainings: Sequence[Result], starts: Mapping[str, str | None]) 
                 wrong = [f"starts from weights that no run of {start} in this store trained"]
             elif found.why_not is not None or _of_training(found):
                 wrong = [f"starts from {found.run.id}, which deviates or did not come to its end"]
+            elif (step := params.get("init_from.step", "?")) != (last := found.run.params["train.steps"]):
+                wrong = [f"starts from step {step} of {found.run.id}, whose training has {last}"]
         made.append(replace(result, deviations=(*result.deviations, *wrong)))
     return made
 
@@ -318,19 +340,28 @@ def _newest(trainings: Sequence[Result]) -> list[Result]:
 
 
 def _parts(run: Run, by_run: Mapping[str, Result]) -> list[Result]:
-    """The trainings that a test tests, in the order of their cells; none, where they are not all of cells."""
-    parts = [by_run.get(run_id) for run_id in run.tags.get(TESTS, "").split()]
-    known = [part for part in parts if part is not None]
-    return sorted(known, key=lambda part: part.cell) if len(known) == len(parts) else []
+    """The trainings of cells that a test tests, in the order of their cells."""
+    return sorted((by_run[run_id] for run_id in _tested(run) if run_id in by_run), key=lambda part: part.cell)
+
+
+def _tested(run: Run) -> list[str]:
+    """The ids of the trainings that a test tests."""
+    return run.tags.get(TESTS, "").split()
 
 
 def _test(run: Run, parts: Sequence[Result]) -> Result:
     top1 = run.metrics.get("test/top1")
+    stood = dict(zip(_tested(run), run.params.get(TESTED_STEPS, "").split(), strict=False))
+    older = [part for part in parts if stood.get(part.run.id, "?") != part.run.params.get("train.steps")]
     why_not = None
     if run.status != "FINISHED":
         why_not = f"it is {run.status}"
     elif lost := [part.run.id for part in parts if part.why_not is not None]:
         why_not = f"it tests {lost[0]}, which does not count"
+    elif older:
+        went_on = older[0].run
+        step, last = stood.get(went_on.id, "?"), went_on.params["train.steps"]
+        why_not = f"it tests step {step} of {went_on.id}, whose training has {last}"
     elif len({part.split for part in parts}) > 1:
         why_not = "its trainings are of different splits"
     elif len({part.seed for part in parts}) > 1:
@@ -346,6 +377,7 @@ def _test(run: Run, parts: Sequence[Result]) -> Result:
         split=parts[0].split,
         top1=top1,
         views=run.params.get("eval.views", "?"),
+        precision=run.params.get("train.precision", "?"),
         deviations=tuple(dict.fromkeys(deviations)),
         why_not=why_not,
     )

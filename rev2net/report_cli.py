@@ -50,9 +50,9 @@ def run_report(args: argparse.Namespace) -> int:
 
     with reading(store_uri) as store:
         report = read_report(store, args.experiment)
+        sections = report_page.sections(report)
+        print(report_page.as_text(sections), end="", flush=True)
         pictures = {} if out is None else report_page.draw(store, report)
-    sections = report_page.sections(report)
-    print(report_page.as_text(sections), end="")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "report.md", report_page.as_markdown(sections).encode())

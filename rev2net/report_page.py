@@ -109,6 +109,8 @@ def _introduction(report: Report) -> Section:
         f"{sum(cell.value is not None for cell in shown)} of {len(shown)} cells have a number of ours. "
         f"Runs of cells: {len(results)}{until}. Runs of other kinds, left out: {report.left_out}."
     )
+    if report.orphans:
+        counts += f" {report.orphans} of them test a training of a cell beside one that is not in the store."
     return Section(title="The paper's tables, and ours", anchor="top", lines=[*INTRODUCTION, counts])
 
 
@@ -180,12 +182,13 @@ def _counts(params: Mapping[str, str], key: str) -> tuple[str, str, str, str]:
 
 
 def _details(cell: Cell) -> Section:
-    header = ("run", "name", "what", "counts", "seed", "split", "top-1", "views", "started", "commit", "deviations")
+    about = ("run", "name", "what", "counts", "seed", "split", "top-1")
+    made = ("views", "precision", "started", "commit", "deviations")
     states = Counter(result.run.status for result in cell.results if result.run.status != "FINISHED")
     line = f"{_ours(cell)}; {len(cell.counted)} of {len(cell.results)} runs count."
     if states:
         line += " Not finished: " + ", ".join(f"{count} {state}" for state, count in sorted(states.items())) + "."
-    grid = Grid(header=header, rows=[_row(result) for result in cell.results])
+    grid = Grid(header=(*about, *made), rows=[_row(result) for result in cell.results])
     return Section(title=_title(cell), anchor=_anchor(cell), lines=[line], grids=[grid], long=True)
 
 
@@ -201,6 +204,7 @@ def _row(result: Result) -> tuple[str, ...]:
         str(result.split) if result.split else "?",
         "-" if result.top1 is None else f"{100 * result.top1:.2f}",
         result.views,
+        result.precision,
         _day(run.started),
         run.tags.get("mlflow.source.git.commit", "unknown")[:12],
         "; ".join(result.deviations) or "none",

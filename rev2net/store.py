@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sqlite3
@@ -18,8 +19,14 @@ from dataloaders.errors import UserError, first_line
 CHANGED = "changed."
 """Before a key, in a tag: its value since a resume under another configuration."""
 
+EARLIER = "earlier."
+"""Before a key, in a tag: the values that it had between its first and its last, as a JSON list."""
+
 TESTS = "rev2net.tests"
 """Tag of a test: the ids of the trainings that it tests."""
+
+TESTED_STEPS = "tested.steps"
+"""Parameter of a test: the steps at which the trainings stood, in the order of their ids."""
 
 DEFAULT = Path("runs/mlflow.db")
 """Where the trainings of `configs/` put their runs."""
@@ -58,7 +65,19 @@ def database(uri: str) -> Path | None:
 
 
 def _read_only(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+    """To read it; where a writer was killed in the middle, what it left is taken back first, as any writer does."""
+    uri = path.resolve().as_uri()
+    file = sqlite3.connect(f"{uri}?mode=ro", uri=True)
+    try:
+        file.execute("SELECT 1 FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError as error:
+        file.close()
+        if error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+            raise
+        with contextlib.closing(sqlite3.connect(f"{uri}?mode=rw", uri=True)) as writer:
+            writer.execute("SELECT 1 FROM sqlite_master").fetchone()
+        return sqlite3.connect(f"{uri}?mode=ro", uri=True)
+    return file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +88,7 @@ class Run:
         started: milliseconds since 1970.
         params: of its last start.
         first: the same, of its first start.
+        earlier: values of a parameter between those two, oldest first.
         metrics: the last value of each.
         artifacts: URI of their folder.
     """
@@ -80,6 +100,7 @@ class Run:
     tags: Mapping[str, str]
     params: Mapping[str, str]
     first: Mapping[str, str]
+    earlier: Mapping[str, Sequence[str]]
     metrics: Mapping[str, float]
     artifacts: str
 
@@ -88,6 +109,7 @@ class Run:
         """From MLflow's own."""
         tags, params = dict(run.data.tags), dict(run.data.params)
         changed = {key.removeprefix(CHANGED): value for key, value in tags.items() if key.startswith(CHANGED)}
+        earlier = {key.removeprefix(EARLIER): _strings(text) for key, text in tags.items() if key.startswith(EARLIER)}
         return cls(
             id=run.info.run_id,
             name=run.info.run_name or run.info.run_id,
@@ -96,9 +118,19 @@ class Run:
             tags=tags,
             params=params | changed,
             first=params,
+            earlier=earlier,
             metrics=dict(run.data.metrics),
             artifacts=run.info.artifact_uri or "",
         )
+
+
+def _strings(text: str) -> tuple[str, ...]:
+    """A tag's JSON list; nothing where somebody has made something else of it."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return ()
+    return tuple(map(str, found)) if isinstance(found, list) else ()
 
 
 class Store:

@@ -33,7 +33,7 @@ from dataloaders.locks import lock
 from dataloaders.shards import write_atomically
 from rev2net import pictures
 from rev2net.config import WITHOUT_EFFECT, Config, config_from_tree
-from rev2net.data import open_data
+from rev2net.data import open_data, open_target
 from rev2net.distributed import join, read_ranks
 from rev2net.grid import Point, Result, Search, Stage, rows, table
 from rev2net.tracking import Tracker, tracking_uri
@@ -82,8 +82,11 @@ def sweep(config: Config, search: Search, *, stop_requested: Callable[[], bool] 
         OSError: as `train`.
     """
     ranks = read_ranks()
-    open_data(config)  # a mistake there is told before the folder keeps the settings
-    folder = _Folder(config, search) if ranks.first else None
+    # A mistake there is told before the folder keeps the settings.
+    data = open_data(config)
+    target = open_target(config, data.classes) if config.target.trained_on else None
+    clips = {"data": data.fingerprint()} | ({} if target is None else {"target": target.fingerprint()})
+    folder = _Folder(config, search, clips) if ranks.first else None
     if ranks.world_size > 1:
         join(ranks, config.train.threads)
     while not ranks.any(stop_requested()):
@@ -121,27 +124,32 @@ def _run(config: Config, stop_requested: Callable[[], bool]) -> Result | None:
 class _Folder:
     """The folder of a sweep, as one of the processes that work on it sees it. On rank 0.
 
+    Args:
+        clips: fingerprints of the data sets that the runs learn from, `data` and perhaps `target`.
+
     Raises:
-        UserError: it holds a sweep with other settings.
+        UserError: it holds a sweep with other settings, or on other clips.
         RuntimeError: MLflow is away, and the sweep has no run there yet.
     """
 
-    def __init__(self, config: Config, search: Search) -> None:
-        self._config, self._search = config, search
+    def __init__(self, config: Config, search: Search, clips: Mapping[str, str]) -> None:
+        self._config, self._search, self._clips = config, search, dict(clips)
         self._folder = Path(config.output)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._point: Point = ()
         self._waiting: str | None = None
         self._journal = self._folder / "journal.log"
         with lock(self._folder / "sweep"):
-            self._check_config()
             self._study = _open_journal(self._journal)
+            self._check_config()
             self._check_search()
             self._parent = self._publish()
 
     @property
     def _begun(self) -> bool:
         """Whether a run of it has been started, or is being; before that it may still become another sweep."""
+        if self._study.get_trials(deepcopy=False):
+            return True
         return any(self._folder.glob("*/config.yaml")) or any(map(_is_held, self._folder.glob("*/run.lock")))
 
     def _check_config(self) -> None:
@@ -161,6 +169,15 @@ class _Folder:
             self._study.set_user_attr("search", mine)
         elif theirs != mine:
             self._refuse(*("the full product" if tree["full"] else "one weight at a time" for tree in (theirs, mine)))
+        kept = self._study.user_attrs.get("clips")
+        if kept is None or not self._begun:
+            self._study.set_user_attr("clips", self._clips)
+        elif kept != self._clips:
+            name = next(name for name in sorted(self._clips) if kept.get(name) != self._clips[name])
+            raise UserError(
+                f"{self._folder} holds a sweep on other clips than {getattr(self._config, name).path} holds now: set "
+                f"{name}.path to the data set as it was, or choose another output="
+            )
 
     def _refuse(self, theirs: str, mine: str) -> None:
         raise UserError(
@@ -234,7 +251,7 @@ class _Folder:
         with lock(self._folder / "sweep"):
             _mend(self._journal)  # another process may have ended in the middle
             self._study.add_trial(trial)
-            self._publish()
+            self._parent = self._publish() or self._parent  # another, where somebody has deleted it
         shutil.rmtree(self._folder / self._search.name(self._point) / "checkpoints", ignore_errors=True)
 
     def _publish(self) -> str | None:
@@ -262,8 +279,9 @@ class _Folder:
             tracker.close()
         if self._config.tracking.enabled and tracker.run_id is None:
             raise RuntimeError(
-                f"MLflow at {tracker.uri} does not answer, and the runs of a sweep have to be made below one of its: "
-                "start it and run the same command again, or set tracking.enabled=false"
+                f"MLflow at {tracker.uri} has made no run for the sweep ({tracker.trouble or 'it does not answer'}), "
+                "below which its runs have to be: mend that and run the same command again, or set "
+                "tracking.enabled=false"
             )
         return tracker.run_id
 

@@ -19,7 +19,7 @@ from typing import Any
 from dataloaders.errors import first_line
 from rev2net.config import PLACES, WITHOUT_EFFECT, Config
 from rev2net.outbox import Outbox, Row
-from rev2net.store import CHANGED, make_client
+from rev2net.store import CHANGED, EARLIER, make_client
 
 log = logging.getLogger("rev2net")
 
@@ -58,6 +58,11 @@ class Tracker:
     outbox on disk: a server that is slow or away costs the training nothing, and gets everything later, at the
     latest when the same command runs again.
 
+    Attributes:
+        uri: of the store.
+        run_id: of the run, once there is one.
+        trouble: what the store last said where it failed; empty before.
+
     Args:
         config: the experiment.
         active: whether this process is the one that logs.
@@ -81,6 +86,7 @@ class Tracker:
         self._config = config
         self._active = active and config.tracking.enabled
         self._client: Any = None
+        self.trouble = ""
         self._closing = self._given_up = self._files_wait = False
         self._patience, self._ending = PATIENCE_SECONDS, "FINISHED"
         self._changed = threading.Condition()
@@ -117,6 +123,7 @@ class Tracker:
         elif changed := dict(params.items() - self._told().items()):
             # MLflow's own parameters cannot change.
             row: dict[str, Any] = {"tags": {CHANGED + key: value for key, value in sorted(changed.items())}}
+            row["tags"] |= self._earlier(changed)
             if any(not key.startswith((*WITHOUT_EFFECT, *PLACES)) for key in changed):
                 # Steps that are done again give other values, and so does another test of the step that it stands at.
                 assert resumed is not None, "a fresh outbox has no rows"
@@ -222,6 +229,16 @@ class Tracker:
             told |= row.get("params", {}) | {k.removeprefix(CHANGED): v for k, v in tags if k.startswith(CHANGED)}
         return told
 
+    def _earlier(self, changed: Mapping[str, str]) -> dict[str, str]:
+        """Tags that keep the values which the changed parameters had since their first."""
+        had: dict[str, list[str]] = {}
+        for row in self._outbox.rows:
+            for name, value in row.get("tags", {}).items():
+                key = name.removeprefix(CHANGED)
+                if name != key and key in changed and not key.startswith(WITHOUT_EFFECT):
+                    had.setdefault(key, []).append(value)
+        return {EARLIER + key: json.dumps(values) for key, values in sorted(had.items())}
+
     def _put(self, row: Row) -> None:
         if not self._active:
             return
@@ -247,6 +264,7 @@ class Tracker:
                 self._send(rows)
             except Exception as error:  # whatever it is, it must not reach the training
                 most = 1  # of several the one that is wrong is found
+                self.trouble = first_line(error)
                 refused = refused + 1 if self._client is not None and _is_refusal(error) else 0
                 # Asked anew each time: it may be another server by then, or have lost the run.
                 self._client = None

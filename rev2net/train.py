@@ -220,7 +220,8 @@ class TrainingRun:
         start = self.config.init_from
         if fresh and start is not None and not checkpoint.is_file_of_weights(start):
             weights = checkpoint.find(start)
-            facts["init_from.run"] = str(run_of(weights, checkpoint.read_state(weights).run_id))
+            state = checkpoint.read_state(weights)
+            facts |= {"init_from.run": str(run_of(weights, state.run_id)), "init_from.step": str(state.step)}
         return facts
 
     def _announce(self, resumed: Path | None, state: checkpoint.RunState | None) -> None:

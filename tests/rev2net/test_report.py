@@ -8,6 +8,8 @@ import json
 import re
 import shutil
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +28,7 @@ from rev2net import checkpoint
 from rev2net.cli import main
 from rev2net.config import load_config
 from rev2net.report import CONFIGS, DATA, Cell, Report, read_report
-from rev2net.store import DEFAULT, TESTS, reading
+from rev2net.store import CHANGED, DEFAULT, EARLIER, TESTED_STEPS, TESTS, reading
 from rev2net.tracking import tracking_uri
 
 NASTY = "<script>document.title='broken'</script> | `x` [a](b) \x1b[31m"
@@ -91,8 +93,9 @@ class Runs:
         )
 
     def test(self, *trainings: str, top1: float = 0.5, views: str = "10x3") -> str:
-        """One that --log kept."""
-        params, metrics = {"eval.views": views}, [("test/top1", top1, 0)]
+        """One that --log kept when the trainings had 100 steps."""
+        params = {"eval.views": views, "train.precision": "fp32", TESTED_STEPS: " ".join(["100"] * len(trainings))}
+        metrics = [("test/top1", top1, 0)]
         return self.run(tags={TESTS: " ".join(trainings)}, params=params, metrics=metrics)
 
     def confusion(self, run_id: str, name: str, classes: Sequence[str], counts: Sequence[Sequence[int]]) -> None:
@@ -293,6 +296,66 @@ def test_a_test_under_the_configuration_s_views_takes_the_training_s_place(runs:
     assert runs.why_not(quick, "kinetics400/i3d-rgb") == f"{last} counts instead"
 
 
+def test_a_test_of_older_weights_does_not_count_for_a_training_that_has_gone_on(runs: Runs) -> None:
+    training = runs.training("kinetics400/i3d-rgb", 0.5)
+    tested = runs.test(training, top1=0.6)
+    assert runs.cell("kinetics400/i3d-rgb").value == 0.6
+    runs.client.set_tag(training, f"{CHANGED}train.steps", "200")
+    runs.client.log_metric(training, "val/top1", 0.7, step=200)
+    assert runs.cell("kinetics400/i3d-rgb").value == 0.7
+    assert runs.why_not(tested, "kinetics400/i3d-rgb") == f"it tests step 100 of {training}, whose training has 200"
+
+
+def test_a_setting_that_was_changed_and_changed_back_is_not_forgotten(runs: Runs) -> None:
+    kept = runs.training("kinetics400/tsm-rgb", 0.7)
+    own = runs.client.get_run(kept).data.params["optim.lr"]
+    tags = {f"{CHANGED}optim.lr": own, f"{EARLIER}optim.lr": '["0.5"]', f"{EARLIER}optim.warmup": "{no list"}
+    trial = runs.training("kinetics400/tsm-rgb", 0.3, tags=tags)
+    cell = runs.cell("kinetics400/tsm-rgb")
+    assert [r.run.id for r in cell.counted] == [kept]
+    (found,) = [r.deviations for r in cell.results if r.run.id == trial]
+    assert found == (f"optim.lr=0.5 before a resume ({own})",)
+
+
+@pytest.mark.parametrize("seed", ["-1", "1760000000", "12345678901234567890"])
+def test_any_whole_number_is_a_seed(runs: Runs, seed: str) -> None:
+    runs.training("kinetics400/tsm-rgb", 0.7, params={"train.seed": seed})
+    assert runs.cell("kinetics400/tsm-rgb").value == 0.7
+
+
+def test_an_experiment_alone_still_knows_what_its_trainings_start_from(runs: Runs) -> None:
+    start = runs.training("kinetics400/stm-rgb")
+    elsewhere = runs.training("kinetics400/i3d-flow")
+    runs.experiment = runs.client.create_experiment("finetuned", (runs.file.parent / "mlartifacts").as_uri())
+    runs.training("hmdb51-kinetics/stm-rgb", 0.6, params={"init_from.run": start, "init_from.step": "100"})
+    runs.test(runs.training("kinetics400/i3d-rgb"), elsewhere, top1=0.9)
+    with reading(runs.uri) as store:
+        report = read_report(store, ["finetuned"])
+    assert not report.cells["hmdb51-kinetics/stm-rgb",].deviates and report.left_out == 0
+    assert report.cells["kinetics400/i3d-rgb", "kinetics400/i3d-flow"].value == 0.9
+    assert report.cells["kinetics400/stm-rgb",].value is None and report.cells["kinetics400/i3d-flow",].value is None
+
+
+def test_a_test_of_a_training_that_is_not_there_is_told(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.test(runs.training("kinetics400/i3d-rgb"), "0" * 32)
+    assert runs.report().left_out == 1
+    assert main(["report", "--store", runs.uri]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "left out: 1. 1 of them test a training of a cell beside one that is not in the store." in said
+
+
+def test_a_store_whose_writer_was_killed_in_the_middle_is_read(runs: Runs) -> None:
+    runs.training("kinetics400/tsm-rgb", 0.7)
+    kill = (
+        "import os, sqlite3, sys; file = sqlite3.connect(sys.argv[1]); file.execute('PRAGMA cache_size = 1')\n"
+        "file.execute('BEGIN IMMEDIATE'); file.execute('DELETE FROM metrics'); file.execute('DELETE FROM params')\n"
+        "file.execute('CREATE TABLE junk AS SELECT randomblob(100000)'); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", kill, str(runs.file)])
+    assert runs.file.with_name("mlflow.db-journal").is_file()
+    assert runs.cell("kinetics400/tsm-rgb").value == 0.7
+
+
 def test_two_streams_are_filled_by_their_own_test_alone(runs: Runs) -> None:
     pair = ("ucf101-imagenet/rev2net", "ucf101-imagenet/i3d-flow")
     values = {0: (0.96, 0.97, 0.98), 1: (0.98, 0.98, 0.98)}
@@ -375,11 +438,14 @@ def test_weights_that_a_cell_starts_from_must_be_those_of_a_good_training_of_tha
         "None",  # a published file
     ]
     for seed, start in enumerate(starts):
-        runs.training("hmdb51-kinetics/stm-rgb", seed=seed, params={"init_from.run": start})
+        runs.training("hmdb51-kinetics/stm-rgb", seed=seed, params={"init_from.run": start, "init_from.step": "100"})
+    half = {"init_from.run": starts[0], "init_from.step": "50"}
+    runs.training("hmdb51-kinetics/stm-rgb", seed=len(starts), params=half)
     other = "starts from weights that no run of kinetics400/stm-rgb in this store trained"
     bad = [f"starts from {start}, which deviates or did not come to its end" for start in starts]
     found = [r.deviations for r in runs.cell("hmdb51-kinetics/stm-rgb").results]
-    assert found == [(), (bad[1],), (bad[2],), (other,), (other,)]
+    early = f"starts from step 50 of {starts[0]}, whose training has 100"
+    assert found == [(), (bad[1],), (bad[2],), (other,), (other,), (early,)]
 
 
 def images(page: str) -> list[str]:

@@ -35,6 +35,7 @@ from rev2net.tracking import Tracker
 from rev2net.train import train
 
 DEMO = str(ROOT / "configs" / "demo.yaml")
+CLIPS = {"data": "of whatever the sweep learns from"}
 
 
 def search(**changes: object) -> Search:
@@ -374,15 +375,36 @@ def untracked(folder: Path) -> tuple[Config, Search]:
 def test_another_sweep_gets_a_folder_only_while_nobody_works_in_it(tmp_path: Path) -> None:
     config, grids = untracked(tmp_path)
     others = config.model_copy(update={"train": config.train.model_copy(update={"seed": 1})})
-    late = _Folder(config, grids)
-    first = _Folder(others, grids)  # nothing is claimed yet
+    late = _Folder(config, grids, CLIPS)
+    first = _Folder(others, grids, CLIPS)  # nothing is claimed yet
     with ExitStack() as held:
         assert first.claim(held)[0]  # and no training has written anything so far
-        for refused in (lambda: late.claim(held), lambda: _Folder(config, grids)):
+        for refused in (lambda: late.claim(held), lambda: _Folder(config, grids, CLIPS)):
             with pytest.raises(UserError, match=r"holds a sweep with train.seed=1, not train.seed=0: give"):
                 refused()
     with ExitStack() as held:
-        assert _Folder(config, grids).claim(held)[0]
+        folder = _Folder(config, grids, CLIPS)
+        assert folder.claim(held)[0]
+        folder.add(Result(top1=0.5, cross_entropy=1.0))
+    for run in (tmp_path / "run-sweep").glob("lambda*"):
+        shutil.rmtree(run)  # the results are still those of its settings and of its clips
+    with pytest.raises(UserError, match=r"holds a sweep with train.seed=0, not train.seed=1: give"):
+        _Folder(others, grids, CLIPS)
+    with pytest.raises(UserError, match=rf"holds a sweep on other clips than {config.data.path} holds now: set data"):
+        _Folder(config, grids, {"data": "of others"})
+
+
+def test_runs_go_below_another_run_once_somebody_has_deleted_the_sweep_s(data: Path, tmp_path: Path) -> None:
+    config, grids = configuration(data, tmp_path / "run")
+    folder = _Folder(config, grids, CLIPS)
+    deleted = folder._parent
+    MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").delete_run(deleted)
+    for _ in range(2):
+        with ExitStack() as held:
+            _, run = folder.claim(held)
+            folder.add(Result(top1=0.5, cross_entropy=1.0))
+    assert run is not None and run.tracking.parent not in (None, deleted)
+    assert run.tracking.parent == family(tmp_path / "mlflow.db")[0].info.run_id
 
 
 def test_p11_results_do_not_wait_for_a_server_that_is_away(
@@ -390,7 +412,7 @@ def test_p11_results_do_not_wait_for_a_server_that_is_away(
 ) -> None:
     """A stub in place of the connection: it would be waited for until this test is ended from outside."""
     config, grids = configuration(data, tmp_path / "run")
-    known = _Folder(config, grids)._parent
+    known = _Folder(config, grids, CLIPS)._parent
 
     def away(_: Tracker) -> None:
         raise ConnectionError("away")
@@ -398,20 +420,20 @@ def test_p11_results_do_not_wait_for_a_server_that_is_away(
     monkeypatch.setattr(Tracker, "_connect", away)
     monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 1e6)
     monkeypatch.setattr(tracking, "HURRY_SECONDS", 0.1)
-    folder = _Folder(config, grids)
+    folder = _Folder(config, grids, CLIPS)
     assert folder._parent == known is not None
     with ExitStack() as held:
         assert folder.claim(held)[0]
         folder.add(Result(top1=0.5, cross_entropy=1.0))
     monkeypatch.undo()
-    _Folder(config, grids)
+    _Folder(config, grids, CLIPS)
     parent, _ = family(tmp_path / "mlflow.db")
     assert parent.data.metrics["best/top1"] == 0.5
 
 
 def test_a_line_torn_by_another_process_spoils_no_result_and_its_lock_holds_nobody_up(tmp_path: Path) -> None:
     config, grids = untracked(tmp_path)
-    folder = _Folder(config, grids)
+    folder = _Folder(config, grids, CLIPS)
     left = tmp_path / "run-sweep" / "journal.log.lock"
     for top1 in (0.2, 0.3):
         with ExitStack() as held, (tmp_path / "run-sweep" / "journal.log").open("a") as journal:
@@ -421,7 +443,7 @@ def test_a_line_torn_by_another_process_spoils_no_result_and_its_lock_holds_nobo
             left.symlink_to("runs/run-sweep/journal.log")  # as a kill leaves it; the path is relative to elsewhere
             folder.add(Result(top1=top1, cross_entropy=1.0))
     left.symlink_to("runs/run-sweep/journal.log")
-    for known in (folder, _Folder(config, grids)):
+    for known in (folder, _Folder(config, grids, CLIPS)):
         assert [result.top1 for result in known._results().values()] == [0.2, 0.3]
 
 
