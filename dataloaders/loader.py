@@ -37,12 +37,15 @@ steps and so many clips of a rank, in an evaluation so many videos."""
 class Failure:
     """A video of the evaluation that cannot be decoded; it counts as wrong.
 
-    `label` is -1 where not even the sample's json can be read.
+    Attributes:
+        label: -1 where not even the sample's json can be read.
+        source: as in `SampleInfo`; None there.
     """
 
     sample: int
     key: str
     label: int
+    source: str | None
     reason: str
 
 
@@ -364,16 +367,18 @@ class EvalLoader:
             except ReadError:
                 raise  # an accuracy without the videos that a mount did not give would look like any other
             except DecodeError as error:
-                label = self._source.label(lane, self._order.locate(video))
-                failed.append(Failure(sample=video, key=error.key, label=label, reason=error.reason))
+                label, source = self._source.told(lane, self._order.locate(video))
+                failed.append(Failure(sample=video, key=error.key, label=label, source=source, reason=error.reason))
         while requests:
             try:
                 raw = lane.backend.decode(requests)
                 return _Loaded.of(raw, requests, self._device, [], failed)
             except DecodeError as error:
                 bad = next(request for request in requests if request.key == error.key)
-                failure = Failure(sample=bad.sample, key=error.key, label=bad.info.label, reason=error.reason)
-                failed.append(failure)
+                label, source = bad.info.label, bad.info.source
+                failed.append(
+                    Failure(sample=bad.sample, key=error.key, label=label, source=source, reason=error.reason)
+                )
                 requests = [request for request in requests if request.sample != bad.sample]
         return _Loaded(requests=[], raw=None, batch=None, failures=[], failed=failed)
 

@@ -7,6 +7,7 @@ clip of a (seed, epoch, sample) never changes.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -129,10 +130,11 @@ class Views:
         """Read `10x3`, `10x1`, `1x1`, `whole` and their like; UserError for anything else."""
         if text == "whole":
             return cls(temporal=1, spatial=1, whole=True)
-        temporal, _, spatial = text.partition("x")
-        if not (temporal.isdecimal() and int(temporal) >= 1 and spatial in ("1", "3")):
-            raise UserError(f"views {text!r} are unknown; give Tx1 or Tx3 with T clips in time, as 10x3, or whole")
-        return cls(temporal=int(temporal), spatial=int(spatial))
+        found = re.fullmatch("([1-9][0-9]{0,2})x([13])", text)
+        if found is None:
+            told = text if len(text) < 20 else f"{text[:20]}..."
+            raise UserError(f"views {told!r} are unknown; give Tx1 or Tx3 with 1 to 999 clips in time, or whole")
+        return cls(temporal=int(found[1]), spatial=int(found[2]))
 
     @property
     def count(self) -> int:

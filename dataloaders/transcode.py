@@ -30,6 +30,7 @@ from dataloaders.video import (
 )
 
 FLOW_SCALES = (0.5, 1.0)
+_LARGEST = 8192  # of NVDEC
 FlowDevice = Literal["cpu", "cuda"]
 _CHUNK: dict[FlowDevice, int] = {"cpu": 16, "cuda": 64}
 """Frame pairs per call of the estimator: memory stays the same for a clip of any length."""
@@ -81,6 +82,8 @@ class PrepareSettings:
             if length < BLOCK or length % BLOCK:
                 near = max(BLOCK, round(length / BLOCK) * BLOCK)
                 raise UserError(f"size {length} is not a multiple of {BLOCK}; give for example {near}")
+            if length > _LARGEST:
+                raise UserError(f"size {length} is too large; give {_LARGEST} or less")
         least = MINIMUM[self.codec]
         if self.size is not None and (self.size[0] < least[0] or self.size[1] < least[1]):
             raise UserError(

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from dataloaders.errors import DecodeError
 
@@ -40,6 +40,9 @@ MINIMUM: dict[Codec, tuple[int, int]] = {"h264": (48, 16), "vp9": (128, 128)}
 
 MAX_GAP_SECONDS = 60.0
 """A larger step between two timestamps is damage: filling it with copies would take for ever."""
+
+_FASTEST_GUESS = 120
+"""Frames a second; a higher rate is believed where the file counts it, not where FFmpeg guesses."""
 
 RESET_SECONDS = 1.0
 """A larger step back between two timestamps is a clock that starts again, as where two files were joined."""
@@ -196,7 +199,9 @@ class VideoSource:
         stream.thread_type = "NONE" if self._threads == 1 else "AUTO"
         stream.codec_context.thread_count = self._threads
         rate = stream.average_rate or stream.guessed_rate
-        self.fps = Fraction(rate) if rate else Fraction(25)
+        # Of a recording whose pictures come when they like, the guess is the clock's rate: 1000.
+        believed = rate and (rate == stream.average_rate or rate <= _FASTEST_GUESS)
+        self.fps = Fraction(rate) if believed else Fraction(25)
         known = self._container.duration
         self.seconds = None if known is None else known / av.time_base
         self._avi = self._container.format.name == "avi"
@@ -219,17 +224,23 @@ class VideoSource:
     def _decode(self, stream: Any) -> Iterator[Any]:
         count = damaged = number = 0
         begin = end = None
+        others = Fraction(0)  # until when the other streams go, in seconds
         try:
-            for frame in self._container.decode(stream):
-                yield frame
-                count += 1
-                damaged += frame.is_corrupt
-                stamp = self._stamp(frame)
-                # An AVI's timestamps are numbers of frames. Repeated ones, which are not stored, are counted there.
-                number = max(number, stamp or 0) + 1
-                if stamp is not None:
-                    begin = stamp if begin is None else begin
-                    end = max(end or stamp, stamp + (frame.duration or 0))
+            for packet in self._container.demux():
+                if packet.stream.index != stream.index:
+                    if packet.pts is not None:
+                        others = max(others, (packet.pts + (packet.duration or 0)) * packet.time_base)
+                    continue
+                for frame in packet.decode():
+                    yield frame
+                    count += 1
+                    damaged += frame.is_corrupt
+                    stamp = self._stamp(frame)
+                    # An AVI's timestamps are numbers of frames. Repeated ones, which are not stored, are counted there.
+                    number = max(number, stamp or 0) + 1
+                    if stamp is not None:
+                        begin = stamp if begin is None else begin
+                        end = max(end or stamp, stamp + (frame.duration or 0))
         except (av.error.FFmpegError, ValueError) as error:
             raise DecodeError(str(self._path), _reason(error)) from error
         if damaged > (1 - _WHOLE) * count:
@@ -238,9 +249,9 @@ class VideoSource:
         # an edit list leaves out, which its duration does not.
         if self._avi and 0 < number < _WHOLE * stream.frames:
             raise DecodeError(str(self._path), f"ends after {number} of {stream.frames} frames: it was cut off")
-        known = None if self._avi else _seconds(self._container, stream)
-        if known is not None and begin is not None and end is not None:
-            came = float((end - begin) * stream.time_base + 1 / self.fps)  # the last frame may have no duration
+        if not self._avi and begin is not None and end is not None:
+            last = end * stream.time_base + 1 / self.fps  # the last frame may have no duration
+            came, known = _reached(self._container, stream, begin * stream.time_base, last, others)
             if came < _WHOLE * known:
                 raise DecodeError(str(self._path), f"ends after {came:.1f} of {known:.1f} s: it was cut off")
 
@@ -320,6 +331,12 @@ class VideoSource:
         self.close()
 
 
+def tag(coded: Any, *, full_range: bool = False) -> None:
+    """Say of a picture, or of a codec context for pictures, that it is BT.601."""
+    coded.color_range = int(ColorRange.JPEG if full_range else ColorRange.MPEG)
+    coded.colorspace = coded.color_primaries = coded.color_trc = _SMPTE170M
+
+
 class VideoEncoder:
     """Encodes I420 frames into an mp4 in memory: key frame every 12, no B-frames, one thread, tagged BT.601.
 
@@ -339,21 +356,17 @@ class VideoEncoder:
         self._stream = self._container.add_stream(_ENCODERS[codec], rate=fps, options=options)
         self._stream.width, self._stream.height = width, height
         self._stream.pix_fmt = "yuv420p"
-        self._range = int(ColorRange.JPEG if content == "flow" else ColorRange.MPEG)
+        self._full_range = content == "flow"
         context = self._stream.codec_context
         context.thread_count = 1
-        context.color_range = self._range
-        context.colorspace = context.color_primaries = context.color_trc = _SMPTE170M
+        tag(context, full_range=self._full_range)
         self._time_base = 1 / fps
         self.count = 0
 
     def add(self, picture: I420) -> None:
         """Encode one frame, uint8 [H * 3 / 2, W]."""
         frame = av.VideoFrame.from_ndarray(picture, format="yuv420p")
-        frame.color_range = self._range
-        frame.colorspace = _SMPTE170M
-        frame.color_primaries = ColorPrimaries.SMPTE170M
-        frame.color_trc = ColorTrc.SMPTE170M
+        tag(frame, full_range=self._full_range)
         frame.pts, frame.time_base = self.count, self._time_base
         self._container.mux(self._stream.encode(frame))
         self.count += 1
@@ -466,16 +479,25 @@ def _to_block(length: float) -> int:
     return max(1, int(length / BLOCK + 0.5)) * BLOCK
 
 
-def _seconds(container: Any, stream: Any) -> float | None:
-    """How long the video is by what its file says; None where that may be the sound's length, or is not known."""
+def _reached(container: Any, stream: Any, begin: Fraction, end: Fraction, others: Fraction) -> tuple[float, float]:
+    """How far a file's video went and how far it was to go by what the file says, in seconds; 0 where it says nothing.
+
+    Args:
+        begin, end: of the frames that came.
+        others: the end of the other streams.
+    """
     if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
+        # What a recording from the air holds before its first key frame is counted, and gives no frame.
+        start = begin if stream.start_time is None else min(begin, stream.start_time * stream.time_base)
+        return float(end - start), float(stream.duration * stream.time_base)
+    start = min(begin, Fraction(0))
     hours, _, rest = stream.metadata.get("DURATION", "").partition(":")  # Matroska, 00:00:02.400000000
     minutes, _, seconds = rest.partition(":")
     with contextlib.suppress(ValueError):
-        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
-    alone = len(container.streams) == 1 and container.duration is not None
-    return container.duration / av.time_base if alone else None
+        # When it ends, whenever it begins; of some writers how long it is, which is not more.
+        return float(end - start), 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    # Of the stream that ends last, which may be the sound.
+    return float(max(end, others) - start), (container.duration or 0) / av.time_base
 
 
 def _matrix(colorspace: int) -> Colorspace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -130,6 +131,12 @@ def windows(
 
 def open_video(path: Path) -> VideoSource:
     """A video file of the user's, decoded on all cores; DecodeError says what it is that is no video."""
-    if not path.is_file():
-        raise DecodeError(str(path), "it is a folder, give video files" if path.is_dir() else "there is no such file")
+    try:
+        there = path.stat()
+    except OSError as error:
+        lost = isinstance(error, FileNotFoundError | NotADirectoryError)
+        raise DecodeError(str(path), "there is no such file" if lost else str(error.strerror)) from None
+    if not stat.S_ISREG(there.st_mode):
+        what = "a folder" if stat.S_ISDIR(there.st_mode) else "no plain file"
+        raise DecodeError(str(path), f"it is {what}, give video files")
     return VideoSource(path, threads=0)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dataloaders.errors import DecodeError
 from dataloaders.shards import written_aside
-from dataloaders.video import I420
+from dataloaders.video import I420, tag
 from dataloaders.windows import open_video
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def annotate(video: Path, out: Path, windows: Sequence[Scored], classes: Sequenc
         width, height = max(2, source.width // 2 * 2), max(2, source.height // 2 * 2)
         stream = container.add_stream("libx264", rate=source.fps, options={"preset": "veryfast", "crf": "20"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        tag(stream.codec_context)  # a player would take a large picture without for another matrix
         _write(container, stream, source.frames(width, height, source.fps), source.fps, windows, classes)
 
 
@@ -59,6 +60,7 @@ def _write(
             height, width = picture.shape[0] * 2 // 3, picture.shape[1]
             strip = _strip(windows[current].top(classes, LINES), width, height)
         frame = av.VideoFrame.from_ndarray(_laid_over(picture, strip), format="yuv420p")
+        tag(frame)
         frame.pts, frame.time_base = number, 1 / fps
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))

@@ -67,10 +67,12 @@ class Scores:
             self.labels[sample] = label
             self.sources[sample] = source
 
-    def fail(self, sample: int, label: int, reason: str) -> None:
+    def fail(self, sample: int, label: int, reason: str, source: str | None = None) -> None:
         """A video that could not be decoded: what some of its views scored does not count."""
         self.sums.pop(sample, None)
         self.failed[sample] = (label, reason)
+        if source is not None:
+            self.sources[sample] = source
 
     def means(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         """Sample indices (sorted), mean scores (videos x classes) and labels of the decodable videos."""
@@ -216,7 +218,7 @@ def split_scores(
             stream=config.model.input,
         )
     for failure in loader.failed:
-        scores.fail(failure.sample, failure.label, f"{failure.key}: {failure.reason}")
+        scores.fail(failure.sample, failure.label, f"{failure.key}: {failure.reason}", failure.source)
     whole = merge(ranks.gather(scores))
     for sample, (_, reason) in sorted(whole.failed.items()) if ranks.first else ():
         log.warning("video %d of %s counts as wrong: %s", sample, data.location, reason)
@@ -228,12 +230,11 @@ def fuse(first: Scores, second: Scores) -> Scores:
 
     A video that failed in either counts as wrong.
     """
-    fused = Scores(failed=first.failed | second.failed)
+    fused = Scores(failed=first.failed | second.failed, sources=first.sources | second.sources)
     for sample in first.sums.keys() & second.sums.keys():
         fused.sums[sample] = first.sums[sample] / first.views[sample] + second.sums[sample] / second.views[sample]
         fused.views[sample] = 2
         fused.labels[sample] = first.labels[sample]
-        fused.sources[sample] = first.sources[sample]
     return fused
 
 
@@ -241,15 +242,19 @@ def score_lines(scores: Scores, classes: Sequence[str]) -> Iterator[str]:
     """A JSON object for each video, in the data set's order, to compare, fuse or look through elsewhere.
 
     With `video` (its index in the split), `source`, `label`, `predicted` and `scores` (of the classes in their order,
-    the mean of the softmax over the views, six digits); one that failed has `video` and `error`.
+    the mean of the softmax over the views, six digits). One that failed has `error` in place of `scores`, null for
+    `predicted`, and for `label` and `source` where its sample cannot be read.
     """
     samples, means, labels = scores.means()
-    lines: dict[int, dict[str, Any]] = {sample: {"error": reason} for sample, (_, reason) in scores.failed.items()}
+    lines: dict[int, dict[str, Any]] = {}
+    for sample, (label, reason) in scores.failed.items():
+        known = classes[label] if label >= 0 else None
+        lines[sample] = {"label": known, "predicted": None, "error": reason}
     for sample, row, label in zip(samples.tolist(), means, labels, strict=True):
-        told = {"source": scores.sources[sample], "label": classes[label], "predicted": classes[int(row.argmax())]}
+        told = {"label": classes[label], "predicted": classes[int(row.argmax())]}
         lines[sample] = told | {"scores": [float(f"{value:.6g}") for value in row]}
     for sample in sorted(lines):
-        yield json.dumps({"video": sample, **lines[sample]})
+        yield json.dumps({"video": sample, "source": scores.sources.get(sample), **lines[sample]})
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ class Description(BaseModel):
     frames: int = Field(gt=0, le=10_000)
     size: int = Field(gt=0, le=10_000)
     stride: int = Field(gt=0, le=10_000)
-    segments: int = Field(ge=0)
+    segments: int = Field(ge=0, le=10_000)
     views: str = Field(description="clips of a video whose scores are averaged when it is tested")
     preparation: dict[str, Any] = Field(description="size and rate of the videos it learned from")
     preprocessing: str = Field("", description="the same and the rest in words, for a program without this package")
@@ -100,16 +100,25 @@ class Description(BaseModel):
         )
 
     @classmethod
-    def read(cls, text: str, source: str) -> Description:
+    def read(cls, text: str, source: str, clip: Sequence[object], logits: Sequence[object]) -> Description:
         """From a file's metadata.
 
+        Args:
+            clip, logits: shapes of what the network in the file takes and gives; of any first dimension.
+
         Raises:
-            UserError: it is not one of ours.
+            UserError: it is not one of ours, or of another network.
         """
         try:
             description = cls.model_validate_json(text)
             Views.parse(description.views)
             PrepareSettings.from_json(description.preparation)
+            shape = description.shape
+            if shape.segments and shape.frames % shape.segments:
+                raise UserError(f"{shape.frames} frames cannot be shared out to {shape.segments} segments")
+            told = [description.channels, shape.frames, shape.height, shape.width], [len(description.classes)]
+            if (list(clip[1:]), list(logits[1:])) != told:
+                raise UserError(f"the network takes {list(clip)} and gives {list(logits)}")
         except (ValidationError, UserError) as error:
             reason = first_line(error)
             raise UserError(f"the {DESCRIPTION} in {source} is damaged ({reason}): export it again") from None
@@ -220,18 +229,23 @@ def _read_pt2(path: Path) -> tuple[Scorer, Description]:
     _refuse_pickles(path)
     extra: dict[str, str] = {DESCRIPTION: ""}
     try:
-        network = torch.export.load(path, extra_files=extra).module()
+        program = torch.export.load(path, extra_files=extra)
+        nodes = {node.name: node for node in program.graph.nodes}
+        (given,), (made,) = program.graph_signature.user_inputs, program.graph_signature.user_outputs
+        clip, logits = (list(nodes[str(name)].meta["val"].shape) for name in (given, made))
+        network = program.module()
     except Exception as error:  # of whatever does not fit this version of PyTorch
         raise UserError(
             f"{path} cannot be loaded by torch {torch.__version__} ({first_line(error)}): export it again with this one"
         ) from None
-    return network, Description.read(extra[DESCRIPTION], str(path))
+    return network, Description.read(extra[DESCRIPTION], str(path), clip, logits)
 
 
 def _refuse_pickles(path: Path) -> None:
-    """UserError for an archive that `torch.export.load` would not read as plain tensors and text.
+    """UserError for an archive that `torch.export.load` would not read as tensors and a program's text.
 
-    It unpickles what an archive says is pickled, and loads compiled code; our own files hold neither.
+    It unpickles what an archive says is pickled, and loads compiled code; our own files hold neither. The text itself
+    can do what any program can.
     """
     import io
 
@@ -277,7 +291,10 @@ def _read_onnx(path: Path) -> tuple[Scorer, Description]:
         (logits,) = session.run(["logits"], {"clip": clip.contiguous().cpu().numpy()})
         return torch.from_numpy(logits)
 
-    return scorer, Description.read(described, str(path))
+    shapes = [node.shape for nodes in (session.get_inputs(), session.get_outputs()) for node in nodes]
+    if [node.name for node in (*session.get_inputs(), *session.get_outputs())] != ["clip", "logits"]:
+        raise UserError(f"{path} takes and gives other things than files of `rev2net export`: export it again")
+    return scorer, Description.read(described, str(path), *shapes)
 
 
 _FORMATS = {".pt2": (_write_pt2, _read_pt2), ".onnx": (_write_onnx, _read_onnx)}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -193,10 +195,10 @@ def _annotated(video: Path, copy: Path, prediction: Prediction, classes: Sequenc
 
     try:
         annotate(video, copy, prediction.windows, classes)
-    except av.error.FFmpegError as error:
-        if isinstance(error, OSError):  # a full disk, say
+    except (av.error.FFmpegError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # the next copy would fail as well
             raise
-        return f"{copy} cannot be encoded ({first_line(error)})"
+        return f"{copy} cannot be written ({getattr(error, 'strerror', None) or first_line(error)})"
     return None
 
 
@@ -217,7 +219,7 @@ def _predict(predictor: Predictor, video: Path, args: argparse.Namespace, every:
                     if not args.json:
                         tqdm.write(_line(scored, predictor.description.classes, args.top))
     except DecodeError as error:
-        part = f"; only the first {prediction.windows[-1].end:.1f} s are scored" if prediction.windows else ""
+        part = f"; the first {prediction.windows[-1].end:.1f} s are scored" if prediction.windows else ""
         prediction.damage = f"{video} cannot be read: {error.reason}{part}"
     if len(prediction.windows) > 1 and not args.json:
         print(_line(prediction.whole, predictor.description.classes, args.top) + "   (mean of the windows)")
@@ -248,6 +250,8 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--annotate {folder} cannot be made a folder ({error.strerror}): give another") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--annotate {folder} is a folder in which you may not write: give another")
 
 
 def _check_copies(folder: Path, videos: Sequence[Path], *, overwrite: bool) -> None:
@@ -260,5 +264,7 @@ def _check_copies(folder: Path, videos: Sequence[Path], *, overwrite: bool) -> N
             raise UserError(f"{copy} would be written for {video} and for {other}: give each a folder of its own")
         if copy.resolve() == video.resolve():
             raise UserError(f"--annotate {folder} is where {video} lies, which its copy would replace: give another")
-        if copy.exists() and not overwrite:
+        if os.path.isdir(copy):  # where the name is too long, it is not
+            raise UserError(f"{copy} would be written, and is a folder: give another --annotate")
+        if os.path.exists(copy) and not overwrite:
             raise UserError(f"{copy} is there: give --overwrite to replace such copies, or another folder")

@@ -387,6 +387,70 @@ def test_p8_other_files_that_were_cut_off_are_refused(tmp_path: Path, name: str)
         pictures_of(whole, 64, 64, None)
 
 
+def write_with_sound(path: Path, *, seconds: int, video_from: int, sound: str) -> Path:
+    """Noise for so many seconds, and video of 25 frames a second that begins later and ends with it."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libvpx-vp9" if path.suffix == ".webm" else "libx264", rate=25)
+        video.width = video.height = 128
+        noise = container.add_stream(sound, rate=48000, layout="mono")
+        draw = np.random.default_rng(0)
+        for second in range(seconds):
+            samples = draw.integers(-9999, 9999, (1, 48000), dtype=np.int16)
+            heard = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+            heard.rate, heard.pts, heard.time_base = 48000, second * 48000, Fraction(1, 48000)
+            for piece in av.AudioResampler(noise.format, "mono", 48000, frame_size=noise.frame_size).resample(heard):
+                container.mux(noise.encode(piece))
+            for number, picture in enumerate(moving(25, 128, 128) if second >= video_from else ()):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+                frame.pts, frame.time_base = second * 25 + number, Fraction(1, 25)
+                container.mux(video.encode(frame))
+        for stream in (video, noise):
+            container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("name, sound", [("s.mkv", "pcm_s16le"), ("s.webm", "libopus"), ("s.mp4", "aac")])
+def test_a_video_that_begins_after_its_sound_is_whole(tmp_path: Path, name: str, sound: str) -> None:
+    """As `ffmpeg -ss ... -c copy` leaves it."""
+    assert len(pictures_of(write_with_sound(tmp_path / name, seconds=4, video_from=2, sound=sound), 64, 64, None)) == 50
+
+
+def test_p8_a_file_whose_sound_is_cut_off_too_is_refused(tmp_path: Path) -> None:
+    """Of a writer that says how long the whole file is, not each stream."""
+    file = write_with_sound(tmp_path / "s.mkv", seconds=4, video_from=0, sound="pcm_s16le")
+    data = file.read_bytes().replace(b"DURATION", b"DURATIVE")
+    file.write_bytes(data)
+    assert len(pictures_of(file, 64, 64, None)) == 100
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DecodeError, match=r"ends after [12]\.\d of 4\.0 s: it was cut off|Invalid data"):
+        pictures_of(file, 64, 64, None)
+
+
+def test_a_recording_that_begins_between_two_key_frames_is_whole(tmp_path: Path) -> None:
+    file = write_video(tmp_path / "s.ts", moving(100), options={"g": "50", "keyint_min": "50", "bf": "0"})
+    data = file.read_bytes()
+    with av.open(str(file)) as container:
+        (tenth,) = [packet.pos for i, packet in enumerate(container.demux(video=0)) if i == 10]
+    file.write_bytes(data[tenth // 188 * 188 :])
+    assert len(pictures_of(file, 64, 64, None)) == 50
+
+
+def test_a_guess_of_hundreds_of_frames_a_second_is_not_believed(tmp_path: Path) -> None:
+    """Browsers record so: no rate in the file, and pictures when they come."""
+    times = [33 * i + (i * 7) % 5 for i in range(60)]
+    file = write_video(
+        tmp_path / "s.webm", moving(60, 128, 128), codec="libvpx", times=times, container_options={"live": "1"}
+    )
+    data = bytearray(file.read_bytes())
+    rate = data.index(b"\x23\xe3\x83")  # DefaultDuration, and the size of its number: void now
+    data[rate : rate + 2] = bytes([0xEC, 0x80 | (2 + (data[rate + 3] & 0x7F))])
+    file.write_bytes(data)
+    with av.open(str(file)) as container:
+        assert container.streams.video[0].guessed_rate >= 200  # of 30 pictures a second
+    with VideoSource(file) as source:
+        assert source.fps == 25
+
+
 def test_p8_a_file_of_which_much_is_damaged_is_refused(tmp_path: Path) -> None:
     """Decoders make pictures of damage, and mark them."""
     source = write_video(tmp_path / "s.mkv", moving(60, 128, 128), codec="mpeg4")

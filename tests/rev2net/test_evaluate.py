@@ -169,10 +169,14 @@ def test_every_video_has_a_line_with_its_source_and_its_mean_scores() -> None:
     scores.add(batch([5, 2, 5], [1, 0, 1], 4), torch.tensor([[0.9, 0.1], [1.0, 0.0], [0.2, 0.8]]))
     scores.add(batch([3], [1], 4), torch.tensor([[0.5, 0.5]]))
     scores.fail(3, 1, "clip-3: truncated")
+    scores.fail(6, 0, "clip-6: truncated", "class/6.mp4")
+    scores.fail(7, -1, "clip-7: damaged json")
     assert [json.loads(line) for line in score_lines(scores, ("sit", "run"))] == [
         {"video": 2, "source": "class/2.mp4", "label": "sit", "predicted": "sit", "scores": [1.0, 0.0]},
-        {"video": 3, "error": "clip-3: truncated"},
+        {"video": 3, "source": "class/3.mp4", "label": "run", "predicted": None, "error": "clip-3: truncated"},
         {"video": 5, "source": "class/5.mp4", "label": "run", "predicted": "sit", "scores": [0.55, 0.45]},
+        {"video": 6, "source": "class/6.mp4", "label": "sit", "predicted": None, "error": "clip-6: truncated"},
+        {"video": 7, "source": None, "label": None, "predicted": None, "error": "clip-7: damaged json"},
     ]
     assert not list(score_lines(Scores(), ("sit", "run")))
 

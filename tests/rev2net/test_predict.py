@@ -183,6 +183,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
         container.start_encoding()
     (folder / "text.mp4").write_text("no video\n" * 100)
+    os.mkfifo(folder / "pipe.mp4")
     return folder
 
 
@@ -207,6 +208,8 @@ def test_files_that_are_no_videos_are_named_and_the_others_predicted(
         "text.mp4": "it is no video, or was cut off",
         "cut.mp4": "it is no video, or was cut off",
         "gone.mp4": "there is no such file",
+        f"{'long' * 70}.mp4": "File name too long",
+        "pipe.mp4": "it is no plain file",
         ".": "it is a folder",
     }
     videos = [str(clips / name) for name in (*wrong, "half.mp4", "good.mp4")]
@@ -244,7 +247,7 @@ def test_a_copy_that_the_encoder_refuses_and_odd_names_stop_nothing(
     words = [str(wide), str(odd), "--annotate", str(tmp_path / "out"), "--views", "1x1"]
     assert main(["predict", str(trained.output), *words]) == 2
     out, err = capsys.readouterr()
-    assert f"rev2net predict: {tmp_path}/out/wide.mp4 cannot be encoded (" in err
+    assert f"rev2net predict: {tmp_path}/out/wide.mp4 cannot be written (" in err
     assert [line for line in out.splitlines() if line.startswith("/")] == [str(wide), f"{tmp_path}/caf\\udce9.mp4"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == [odd.name]
 
@@ -283,6 +286,9 @@ def test_a_copy_shows_each_window_s_own_classes(clips: Path, tmp_path: Path) -> 
     for copy, windows_of_it in zip(copies, ([told[0]], [replace(told[1], start=0.0)], told), strict=True):
         annotate(clips / "whole.mp4", copy, windows_of_it, ["iiii", "MMMMMMMM"])
     first, second, both = (np.stack([frame[:24, :64] for frame in decoded(copy)]).astype(int) for copy in copies)
+    with av.open(str(copies[0])) as container:
+        frame = next(container.decode(video=0))
+        assert (frame.colorspace, frame.color_range) == (6, 1)  # BT.601, limited: as its pictures are
     boundary = 50  # of 25 frames a second
     near, far = (np.abs(both - other).mean(axis=(1, 2)) for other in (first, second))
     assert (near[:boundary] < far[:boundary]).all() and (near[boundary:] > far[boundary:]).all()
@@ -506,10 +512,18 @@ def test_other_files_are_refused(clips: Path, tmp_path: Path, name: str) -> None
 def test_a_description_that_was_tampered_with_is_refused(trained: Trained) -> None:
     _, config, state = checkpoint.load_encoder(checkpoint.find(trained.output))
     tree = export.Description.of(config, state).model_dump()
-    assert export.Description.read(json.dumps(tree), "file") == export.Description.of(config, state)
-    for change in ({"classes": []}, {"views": "all"}, {"size": 10**9}, {"preparation": {}}, {"more": 1}):
-        with pytest.raises(UserError, match="damaged"):
-            export.Description.read(json.dumps({**tree, **change}), "file")
+    shapes = ["batch", 3, 8, 64, 64], ["batch", 8]
+    assert export.Description.read(json.dumps(tree), "file", *shapes) == export.Description.of(config, state)
+    large = {**tree["preparation"], "short_side": 16_000_000}
+    of_others: list[dict[str, object]] = [
+        {"classes": []}, {"views": "all"}, {"size": 10**9}, {"preparation": {}}, {"more": 1}, {"segments": 3},
+        {"classes": tree["classes"][1:]}, {"size": 32}, {"input": "flow"}, {"views": f"{'9' * 5000}x1"},
+        {"preparation": large},
+    ]  # fmt: skip
+    for change in of_others:
+        with pytest.raises(UserError, match="damaged") as refused:
+            export.Description.read(json.dumps({**tree, **change}), "file", *shapes)
+        assert len(str(refused.value)) < 400
 
 
 @pytest.mark.parametrize(("name", "model"), [("actionflownet", {"width": 0.25}), ("tsm", {"backbone": "resnet18"})])
@@ -522,8 +536,9 @@ def test_other_networks_become_onnx(tiny_data: Path, tmp_path: Path, name: str, 
     }
     config = config_from_tree(tree)
     torch.manual_seed(0)
-    network = build_encoder(config, 3).eval()
-    description = export.Description.of(config, state_of(DataSet.open(tiny_data)))
+    state = state_of(DataSet.open(tiny_data))
+    network = build_encoder(config, len(state.classes)).eval()
+    description = export.Description.of(config, state)
     file = tmp_path / "network.onnx"
     export._write_onnx(network, description, file)
     assert export._check(network, *export._read_onnx(file)) <= 1e-4
