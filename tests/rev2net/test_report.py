@@ -394,7 +394,7 @@ def test_what_deviates_from_the_configuration_is_listed(runs: Runs, capsys: pyte
         "loader.workers=3",
         "tracking.run_name=r",
     ]
-    kinetics = {"init_from.run": runs.training("kinetics400/rev2net")}
+    kinetics = {"init_from.run": runs.training("kinetics400/rev2net"), "init_from.step": "100"}
     params = {"model.imagenet": "/w.pth", "train.deepspeed.x": "1", **kinetics}
     runs.training("ucf101-kinetics/rev2net", words=words, params=params)
     runs.training("ucf101-kinetics/rev2net", split=2, words=["init_from=/mnt/w", "target.path=x"], params=kinetics)
@@ -405,7 +405,7 @@ def test_what_deviates_from_the_configuration_is_listed(runs: Runs, capsys: pyte
         ("target.path=a path (None)",),
         ("optim.lr=0.5 (0.01)", "init_from=None (a path)"),
     ]
-    start = {"init_from.run": runs.training("kinetics400/i3d-rgb", words=["eval.views=1x1"])}
+    start = {"init_from.run": runs.training("kinetics400/i3d-rgb", words=["eval.views=1x1"]), "init_from.step": "100"}
     runs.training("ucf101-kinetics/i3d-rgb", words=["optim.lr=7.0"], tags={"changed.optim.lr": "0.01"}, params=start)
     only = runs.cell("ucf101-kinetics/i3d-rgb").results[0]
     assert only.deviations == ("optim.lr=7.0 before a resume (0.01)",)

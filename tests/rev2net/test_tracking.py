@@ -17,6 +17,7 @@ from tiny import environment, small_disk, wait
 
 from rev2net import tracking
 from rev2net.config import Config, load_config
+from rev2net.store import Run
 from rev2net.tracking import Tracker, source_commit
 
 
@@ -111,6 +112,15 @@ def test_what_a_resume_changes_in_the_configuration_is_a_tag(tmp_path: Path) -> 
     assert run.data.params["train.duration"] == "240steps" and run.data.params["train.steps"] == "240"
     rows = (tmp_path / "run" / "outbox.jsonl").read_text().splitlines()
     assert sum('"changed.' in row for row in rows) == 1
+
+
+def test_a_setting_that_was_changed_and_changed_back_leaves_its_values(tmp_path: Path) -> None:
+    for number, lr in enumerate(("0.1", "0.5", "0.3", "0.1")):
+        words = [f"output={tmp_path}/run", "data.path=nowhere", f"optim.lr={lr}", f"loader.prefetch={lr[-1]}"]
+        with Tracker(load_config("configs/demo.yaml", words), active=True, resumed=number or None) as tracker:
+            pass
+    run = Run.of(MlflowClient(tracker.uri).get_run(tracker.run_id))
+    assert (run.first["optim.lr"], run.params["optim.lr"], run.earlier) == ("0.1", "0.1", {"optim.lr": ("0.5", "0.3")})
 
 
 @pytest.mark.parametrize("words", [["optim.lr=0.5"], ["loader.prefetch=3"]], ids=["other results", "the same"])

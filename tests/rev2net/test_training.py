@@ -330,6 +330,7 @@ def test_init_from_replaces_the_head_only(trained: Trained, tiny_data: Path, tmp
     assert result.run_id is not None
     params = MlflowClient(result.tracking_uri).get_run(result.run_id).data.params
     assert params["init_from.run"] == json.loads((trained.output / "result.json").read_text())["run_id"]
+    assert params["init_from.step"] == "6"
     source = checkpoint.read_tensors(checkpoint.find(trained.output), "weights")
     tuned = checkpoint.read_tensors(checkpoint.find(tmp_path / "ft"), "weights")
     network = build_network(without_imagenet(config), 9)
