@@ -15,6 +15,8 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from dataloaders.errors import UserError, first_line
+from dataloaders.locks import lock
+from dataloaders.shards import written_aside
 
 CHANGED = "changed."
 """Before a key, in a tag: its value since a resume under another configuration."""
@@ -215,7 +217,17 @@ def make_client(uri: str) -> Any:
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it tells of every retry
-    return MlflowClient(uri)
+    if not uri.startswith("sqlite:///"):
+        return MlflowClient(uri)
+    file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    with contextlib.ExitStack() as held:
+        # MLflow makes and upgrades a store table by table: two at once, or a kill, leave one that never works again.
+        with contextlib.suppress(OSError):  # no locks there, or not for us
+            held.enter_context(lock(file))
+            if not file.exists():
+                with written_aside(file) as aside:
+                    MlflowClient(f"sqlite:///{aside}")
+        return MlflowClient(uri)
 
 
 def connect(uri: str, *, called: str) -> Any:

@@ -83,6 +83,23 @@ def test_p11_a_kill_loses_no_entry_and_a_torn_one_is_dropped(tmp_path: Path) -> 
     assert history(tracker.uri) == [[(1, 1.0), (2, 2.0), (3, 3.0)]]
 
 
+def test_trainings_that_begin_at_once_make_one_store(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; import mlflow.tracking; from pathlib import Path; from rev2net.store import make_client\n"
+        "Path(sys.argv[2]).touch()\n"
+        "while not Path(sys.argv[3]).exists(): time.sleep(0.01)\n"
+        "make_client(sys.argv[1]).create_experiment(Path(sys.argv[2]).name)"
+    )
+    uri, ready = f"sqlite:///{tmp_path}/mlflow.db", [tmp_path / name for name in "abc"]
+    command = [sys.executable, "-c", code, uri]
+    workers = [subprocess.Popen([*command, str(file), str(tmp_path / "go")], env=environment()) for file in ready]
+    wait("three processes", lambda: all(file.exists() for file in ready))
+    (tmp_path / "go").touch()
+    assert [worker.wait(120) for worker in workers] == [0, 0, 0]
+    assert {found.name for found in MlflowClient(uri).search_experiments()} == {"Default", "a", "b", "c"}
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "b", "c", "go", "mlflow.db", "mlflow.lock"}
+
+
 def test_another_store_or_a_run_that_is_gone_gets_the_whole_history(tmp_path: Path) -> None:
     with Tracker(configuration(tmp_path), active=True) as tracker:
         tracker.metrics({"x": 1.0}, 1)
