@@ -133,7 +133,9 @@ class Views:
         found = re.fullmatch("([1-9][0-9]{0,2})x([13])", text)
         if found is None:
             told = text if len(text) < 20 else f"{text[:20]}..."
-            raise UserError(f"views {told!r} are unknown; give Tx1 or Tx3 with 1 to 999 clips in time, or whole")
+            raise UserError(
+                f"views {told!r} are unknown; give Tx1 or Tx3 with T clips in time (to 999), as 10x3, or whole"
+            )
         return cls(temporal=int(found[1]), spatial=int(found[2]))
 
     @property

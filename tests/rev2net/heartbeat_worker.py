@@ -34,6 +34,8 @@ def main() -> None:
                 time.sleep(0.05)
             if ranks.rank == 1 and step == 3:
                 if how == "stop":
+                    while not (folder / "rank-00001.json").exists():  # its first sign of life takes an interval
+                        time.sleep(0.05)
                     os.kill(os.getpid(), signal.SIGSTOP)
                 worker = threading.Thread(target=stuck_here, name="lane-0", daemon=True)
                 worker.start()

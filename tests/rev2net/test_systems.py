@@ -7,9 +7,9 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,6 +24,7 @@ from rev2net.cli import main
 from rev2net.config import Config, load_config
 from rev2net.data import clip_shape
 from rev2net.engine import TrainingStep
+from rev2net.evaluate import Scores
 from rev2net.models import Rev2Net
 from rev2net.models.build import build_network
 from rev2net.models.dann import DomainDiscriminator
@@ -242,9 +243,11 @@ def test_two_streams_are_fused(
         reached = iter((0.5, 0.75))
         tested: list[tuple[Path, str, str]] = []
 
-        def test(streams: Sequence[Any], data: DataSet, split: str, *_: object) -> SimpleNamespace:
+        def test(streams: Sequence[Any], data: DataSet, split: str, *_: object) -> Scores:
             tested.append((streams[0].checkpoint, str(data.location), split))
-            return SimpleNamespace(top1=next(reached), videos=8)
+            right = 8 * next(reached)
+            rows = {video: np.eye(8)[0 if video < right else 1] for video in range(8)}
+            return Scores(sums=rows, views=dict.fromkeys(rows, 1), labels=dict.fromkeys(rows, 0))
 
         patch.setattr("rev2net.eval_cli._test", test)
         assert main(["splits", str(rgb), str(tmp_path / "second"), *views]) == 0
