@@ -22,7 +22,7 @@ from dataloaders.lanes import Ahead, BackendName, Lane, make_lanes
 from dataloaders.order import GlobalOrder
 from dataloaders.plan import Augment, ClipShape, Views, test_views, train_plan, whole_video
 from dataloaders.samples import FetchAhead, Samples
-from dataloaders.shards import DataSet
+from dataloaders.shards import DataSet, SampleInfo
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,12 @@ class Failure:
     label: int
     source: str | None
     reason: str
+
+    @classmethod
+    def of(cls, sample: int, error: DecodeError, info: SampleInfo | None) -> Failure:
+        """For an error, of a sample whose description is known or not."""
+        label, source = (-1, None) if info is None else (info.label, info.source)
+        return cls(sample=sample, key=error.key, label=label, source=source, reason=error.reason)
 
 
 class TrainLoader:
@@ -367,18 +373,14 @@ class EvalLoader:
             except ReadError:
                 raise  # an accuracy without the videos that a mount did not give would look like any other
             except DecodeError as error:
-                label, source = self._source.told(lane, self._order.locate(video))
-                failed.append(Failure(sample=video, key=error.key, label=label, source=source, reason=error.reason))
+                failed.append(Failure.of(video, error, self._source.info(lane, self._order.locate(video))))
         while requests:
             try:
                 raw = lane.backend.decode(requests)
                 return _Loaded.of(raw, requests, self._device, [], failed)
             except DecodeError as error:
                 bad = next(request for request in requests if request.key == error.key)
-                label, source = bad.info.label, bad.info.source
-                failed.append(
-                    Failure(sample=bad.sample, key=error.key, label=label, source=source, reason=error.reason)
-                )
+                failed.append(Failure.of(bad.sample, error, bad.info))
                 requests = [request for request in requests if request.sample != bad.sample]
         return _Loaded(requests=[], raw=None, batch=None, failures=[], failed=failed)
 

@@ -99,15 +99,14 @@ class Samples:
         """Have the sample's shard on this machine; see `ShardInfo.fetch`."""
         self._shards[place.shard].fetch()
 
-    def told(self, lane: Lane, place: Location) -> tuple[int, str | None]:
-        """Label and source of a sample that cannot be read in full; -1 and None where its json cannot be either."""
+    def info(self, lane: Lane, place: Location) -> SampleInfo | None:
+        """The description of a sample that cannot be read in full; None where its json cannot be either."""
         try:
             reader, index = self._find(lane, place)
             data = reader.read(index, (INFO_EXTENSION,))[INFO_EXTENSION]
-            info = SampleInfo.from_json("", data)
+            return SampleInfo.from_json("", data)
         except (DecodeError, LookupError):
-            return -1, None
-        return info.label, info.source
+            return None
 
     def _find(self, lane: Lane, place: Location) -> tuple[ShardReader, int]:
         """The sample's shard, and where it is in it."""

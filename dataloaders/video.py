@@ -198,13 +198,14 @@ class VideoSource:
             raise DecodeError(str(self._path), str(error)) from None
         stream.thread_type = "NONE" if self._threads == 1 else "AUTO"
         stream.codec_context.thread_count = self._threads
-        rate = stream.average_rate or stream.guessed_rate
+        guess = stream.guessed_rate or 0
         # Of a recording whose pictures come when they like, the guess is the clock's rate: 1000.
-        believed = rate and (rate == stream.average_rate or rate <= _FASTEST_GUESS)
-        self.fps = Fraction(rate) if believed else Fraction(25)
+        rate = stream.average_rate or (guess if guess <= _FASTEST_GUESS else None)
+        self.fps = Fraction(rate) if rate else Fraction(25)
         known = self._container.duration
         self.seconds = None if known is None else known / av.time_base
         self._avi = self._container.format.name == "avi"
+        self._others_end = Fraction(0)
         self._decoded = self._decode(stream)
         first = next(self._decoded, None)
         if first is None:
@@ -221,26 +222,29 @@ class VideoSource:
         # where there are B-frames (HMDB51). The decoder's own are in order, and without B-frames the same.
         return frame.dts if self._avi else frame.pts  # type: ignore[no-any-return]
 
+    def _frames_of(self, stream: Any) -> Iterator[Any]:
+        """The stream's frames; notes how far the other streams go."""
+        for packet in self._container.demux():
+            if packet.stream.index == stream.index:
+                yield from packet.decode()
+            elif packet.pts is not None:
+                ends = (packet.pts + (packet.duration or 0)) * packet.time_base
+                self._others_end = max(self._others_end, ends)
+
     def _decode(self, stream: Any) -> Iterator[Any]:
         count = damaged = number = 0
         begin = end = None
-        others = Fraction(0)  # until when the other streams go, in seconds
         try:
-            for packet in self._container.demux():
-                if packet.stream.index != stream.index:
-                    if packet.pts is not None:
-                        others = max(others, (packet.pts + (packet.duration or 0)) * packet.time_base)
-                    continue
-                for frame in packet.decode():
-                    yield frame
-                    count += 1
-                    damaged += frame.is_corrupt
-                    stamp = self._stamp(frame)
-                    # An AVI's timestamps are numbers of frames. Repeated ones, which are not stored, are counted there.
-                    number = max(number, stamp or 0) + 1
-                    if stamp is not None:
-                        begin = stamp if begin is None else begin
-                        end = max(end or stamp, stamp + (frame.duration or 0))
+            for frame in self._frames_of(stream):
+                yield frame
+                count += 1
+                damaged += frame.is_corrupt
+                stamp = self._stamp(frame)
+                # An AVI's timestamps are numbers of frames. Repeated ones, which are not stored, are counted there.
+                number = max(number, stamp or 0) + 1
+                if stamp is not None:
+                    begin = stamp if begin is None else begin
+                    end = max(end or stamp, stamp + (frame.duration or 0))
         except (av.error.FFmpegError, ValueError) as error:
             raise DecodeError(str(self._path), _reason(error)) from error
         if damaged > (1 - _WHOLE) * count:
@@ -251,7 +255,7 @@ class VideoSource:
             raise DecodeError(str(self._path), f"ends after {number} of {stream.frames} frames: it was cut off")
         if not self._avi and begin is not None and end is not None:
             last = end * stream.time_base + 1 / self.fps  # the last frame may have no duration
-            came, known = _reached(self._container, stream, begin * stream.time_base, last, others)
+            came, known = _reached(self._container, stream, begin * stream.time_base, last, self._others_end)
             if came < _WHOLE * known:
                 raise DecodeError(str(self._path), f"ends after {came:.1f} of {known:.1f} s: it was cut off")
 

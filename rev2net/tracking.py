@@ -123,7 +123,8 @@ class Tracker:
         elif changed := dict(params.items() - self._told().items()):
             # MLflow's own parameters cannot change.
             row: dict[str, Any] = {"tags": {CHANGED + key: value for key, value in sorted(changed.items())}}
-            row["tags"] |= self._earlier(changed)
+            had = {key: values for key, values in sorted(self._changes().items()) if key in changed}
+            row["tags"] |= {EARLIER + k: json.dumps(had[k]) for k in had if not k.startswith(WITHOUT_EFFECT)}
             if any(not key.startswith((*WITHOUT_EFFECT, *PLACES)) for key in changed):
                 # Steps that are done again give other values, and so does another test of the step that it stands at.
                 assert resumed is not None, "a fresh outbox has no rows"
@@ -225,19 +226,17 @@ class Tracker:
         """The parameters of the start before this one."""
         told: dict[str, str] = {}
         for row in self._outbox.rows:
-            tags = row.get("tags", {}).items()
-            told |= row.get("params", {}) | {k.removeprefix(CHANGED): v for k, v in tags if k.startswith(CHANGED)}
-        return told
+            told |= row.get("params", {})
+        return told | {key: values[-1] for key, values in self._changes().items()}
 
-    def _earlier(self, changed: Mapping[str, str]) -> dict[str, str]:
-        """Tags that keep the values which the changed parameters had since their first."""
-        had: dict[str, list[str]] = {}
+    def _changes(self) -> dict[str, list[str]]:
+        """The values that resumes have given to parameters, oldest first."""
+        given: dict[str, list[str]] = {}
         for row in self._outbox.rows:
             for name, value in row.get("tags", {}).items():
-                key = name.removeprefix(CHANGED)
-                if name != key and key in changed and not key.startswith(WITHOUT_EFFECT):
-                    had.setdefault(key, []).append(value)
-        return {EARLIER + key: json.dumps(values) for key, values in sorted(had.items())}
+                if name.startswith(CHANGED):
+                    given.setdefault(name.removeprefix(CHANGED), []).append(value)
+        return given
 
     def _put(self, row: Row) -> None:
         if not self._active:

@@ -179,7 +179,8 @@ def test_exported_weights_are_those_of_a_bare_i3d(trained: Trained, tmp_path: Pa
 
 def test_p12_mistakes_are_one_sentence(trained: Trained, tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "no checkpoint at" in refused("checkpoint", "show", str(tmp_path))
-    assert "does not end in .safetensors" in refused("checkpoint", "export-weights", str(trained.output), "x.onnx")
+    said = refused("checkpoint", "export-weights", str(trained.output), "x.onnx")
+    assert "does not end in .safetensors or .pt" in said
     assert "is no folder" in refused("checkpoint", "export-weights", str(trained.output), f"{tmp_path}/a/x.pt")
     old = tmp_path / "step-00000001"
     old.mkdir()

@@ -300,6 +300,7 @@ def test_files_that_their_store_does_not_take_hold_up_nothing_else(
                 tracker.metrics({f"x{n}": float(step) for n in range(20)}, step)
             wait("the metrics", lambda: not tracker._outbox.in_order)
             tracker.hurry()
+        wait("its last try", lambda: not tracker._thread.is_alive())  # which would succeed once the patch is undone
     assert caplog.text.count("takes no files, they wait for it: ") == 1
     assert re.search(r"[12] entries for MLflow could not be delivered", caplog.text)
     client = MlflowClient(tracker.uri)

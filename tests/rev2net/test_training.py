@@ -469,7 +469,8 @@ def test_p12_user_mistakes_are_one_sentence(
     assert "use stage 0, 1 or 2" in refused(*demo, "model.compile=true", "train.zero_stage=3")
     assert "checkpoint" in refused("eval", str(tmp_path), str(tiny_data))
     assert "--batch 0 is not possible" in refused("eval", str(trained.output), str(tiny_data), "--batch", "0")
-    assert "x.foo does not end in" in refused("eval", str(trained.output), str(tiny_data), "--confusion", "x.foo")
+    said = refused("eval", str(trained.output), str(tiny_data), "--confusion", "x.foo")
+    assert "x.foo does not end in .png or" in said
     assert "x.csv does not end in .jsonl:" in refused("eval", str(trained.output), str(tiny_data), "--scores", "x.csv")
     for nowhere in (tmp_path / "a/b", tmp_path):
         assert "is a folder, or in none" in refused("eval", str(trained.output), str(tiny_data), "--json", str(nowhere))
